@@ -1,0 +1,81 @@
+# Each target sets up all it needs inside .venv; stamp files there make the next run quick.
+PYTHON ?= python3
+# A plain version, so that it resolves to the CPU or the CUDA build, whichever is offered.
+TORCH := 2.13.0
+# Further arguments, for example: make test ARGS="-k gaussian"
+ARGS :=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install --constraint $(VENV)/constraints.txt
+TORCH_STAMP := $(VENV)/.torch-$(TORCH)
+# MTKD_NO_EXTENSION=1 leaves the compiled kernels out.
+EXTENSION_STAMP := $(if $(filter-out 0,$(MTKD_NO_EXTENSION)),,$(VENV)/.extension)
+# With the folders themselves, so that a removed file counts as a change.
+SOURCES := $(wildcard csrc csrc/* csrc/*/*)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SECONDARY:
+.PHONY: help demo test bench lint format docs clean distclean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.extra-demo $(EXTENSION_STAMP) ## Distil eight real teachers into a small student
+	@$(RUN) -m mtkd.demo $(ARGS)
+
+test: $(VENV)/.extra-test $(EXTENSION_STAMP) ## Run every test; warnings are errors
+	@$(RUN) -m pytest $(ARGS)
+
+bench: $(VENV)/.extra-bench $(EXTENSION_STAMP) ## Run the benchmark cases
+	@$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
+
+lint: $(VENV)/.extra-lint ## Check style, types and C++ layout
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(CLANG_FORMAT) --dry-run -Werror
+
+format: $(VENV)/.extra-lint ## Rewrite Python and C++ in the house style
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(CLANG_FORMAT) -i
+
+docs: $(VENV)/.extra-docs ## Write the API reference to build/docs
+	$(RUN) -m pdoc --docformat google --math -o build/docs mtkd
+
+clean: ## Remove what was built, and caches
+	rm -rf build *.egg-info mtkd/_C.*.so $(VENV)/.extension $(VENV)/.extra-*
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## Also remove the virtual environment
+	rm -rf $(VENV)
+
+CLANG_FORMAT = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \
+	| xargs $(VENV)/bin/clang-format
+
+# The environment: PyTorch and what the extension needs to build.
+$(TORCH_STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo \
+		"mtkd needs Python 3.10 or newer, and '$(PYTHON)' is not: try make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo \
+		"'$(PYTHON)' cannot make virtual environments: install its venv module (Debian: apt install python3-venv)" >&2; exit 1; }
+	@echo "Setting up $(VENV) with PyTorch $(TORCH): once, a few minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.torch-* $(VENV)/.extension
+	@echo "torch==$(TORCH)" > $(VENV)/constraints.txt
+	@$(PIP) torch numpy "setuptools>=77.0.3" wheel ninja "pybind11>=2.13"
+	@touch $@
+
+# One extra of pyproject.toml and mtkd itself, in place; the extension is built by the next rule.
+$(VENV)/.extra-%: $(TORCH_STAMP) pyproject.toml setup.py
+	@echo "Installing mtkd[$*]"
+	@MTKD_NO_EXTENSION=1 $(PIP) --quiet --no-build-isolation --editable ".[$*]"
+	@touch $@
+
+# Only what changed is compiled again. Without a compiler there is no stamp: it is tried next time.
+$(VENV)/.extension: $(TORCH_STAMP) setup.py $(SOURCES)
+	@$(RUN) setup.py --quiet build_ext --inplace
+	@ls mtkd/_C.*.so > $@ 2> /dev/null || rm -f $@

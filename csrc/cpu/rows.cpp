@@ -1,0 +1,108 @@
+#include "rows.h"
+
+namespace mtkd::cpu {
+namespace {
+
+MTKD_INLINE float widen(BFloat16 value) {
+  return bit_cast<float>(static_cast<uint32_t>(value.x) << 16);
+}
+
+// Half to float in integer and float arithmetic alone, so that the loop is vectorised anywhere.
+MTKD_INLINE float widen(Half value) {
+  const uint32_t shifted = static_cast<uint32_t>(value.x) << 16;
+  const uint32_t sign = shifted & 0x80000000u, magnitude = shifted << 1;
+  const float normal = bit_cast<float>((magnitude >> 4) + (0xE0u << 23)) * 0x1p-112f;
+  const float subnormal = bit_cast<float>((magnitude >> 17) | (126u << 23)) - 0.5f;
+  const float size = magnitude < (1u << 27) ? subnormal : normal;
+  return bit_cast<float>(sign | bit_cast<uint32_t>(size));
+}
+MTKD_INLINE float widen(float value) { return value; }
+MTKD_INLINE double widen(double value) { return value; }
+
+// Round to nearest even; a NaN stays one.
+MTKD_INLINE void narrow(float value, BFloat16& out) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  out.x = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+}
+MTKD_INLINE void narrow(float value, Half& out) {
+  const uint32_t bits = bit_cast<uint32_t>(value), shifted = bits + bits;
+  const float size = bit_cast<float>(bits & 0x7FFFFFFFu);
+  const uint32_t exponent = shifted & 0xFF000000u;
+  const uint32_t bias = exponent < 0x71000000u ? 0x71000000u : exponent;
+  const float base = (size * 0x1p+112f) * 0x1p-110f + bit_cast<float>((bias >> 1) + 0x07800000u);
+  const uint32_t base_bits = bit_cast<uint32_t>(base);
+  const uint32_t packed = ((base_bits >> 13) & 0x7C00u) + (base_bits & 0x0FFFu);
+  out.x = static_cast<uint16_t>((bits >> 16 & 0x8000u) | (shifted > 0xFF000000u ? 0x7E00u : packed));
+}
+MTKD_INLINE void narrow(float value, float& out) { out = value; }
+MTKD_INLINE void narrow(float value, double& out) { out = value; }
+template <class To>
+MTKD_INLINE void narrow(double value, To& out) {
+  if constexpr (std::is_same_v<To, double>) {
+    out = value;
+  } else {
+    narrow(static_cast<float>(value), out);
+  }
+}
+
+template <class From, class A>
+MTKD_INLINE void read_loop(const void* data, int64_t stride, int64_t n, A* out) {
+  const From* from = static_cast<const From*>(data);
+  if (stride == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(widen(from[i]));
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(widen(from[i * stride]));
+  }
+}
+
+template <class A, class To>
+MTKD_INLINE void write_loop(const A* values, int64_t n, int64_t stride, void* data) {
+  To* to = static_cast<To*>(data);
+  if (stride == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) narrow(values[i], to[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) narrow(values[i], to[i * stride]);
+  }
+}
+
+template <class A>
+MTKD_INLINE void read_any(const void* data, ScalarType dtype, int64_t stride, int64_t n, A* out) {
+  switch (dtype) {
+    case ScalarType::Float: return read_loop<float>(data, stride, n, out);
+    case ScalarType::Double: return read_loop<double>(data, stride, n, out);
+    case ScalarType::BFloat16: return read_loop<BFloat16>(data, stride, n, out);
+    case ScalarType::Half: return read_loop<Half>(data, stride, n, out);
+    default: return;  // dtypes are checked where a kernel begins
+  }
+}
+
+template <class A>
+MTKD_INLINE void write_any(const A* values, int64_t n, ScalarType dtype, int64_t stride, void* data) {
+  switch (dtype) {
+    case ScalarType::Float: return write_loop<A, float>(values, n, stride, data);
+    case ScalarType::Double: return write_loop<A, double>(values, n, stride, data);
+    case ScalarType::BFloat16: return write_loop<A, BFloat16>(values, n, stride, data);
+    case ScalarType::Half: return write_loop<A, Half>(values, n, stride, data);
+    default: return;
+  }
+}
+
+}  // namespace
+
+MTKD_CLONES void read(const void* data, ScalarType dtype, int64_t stride, int64_t n, float* out) {
+  read_any(data, dtype, stride, n, out);
+}
+MTKD_CLONES void read(const void* data, ScalarType dtype, int64_t stride, int64_t n, double* out) {
+  read_any(data, dtype, stride, n, out);
+}
+MTKD_CLONES void write(const float* v, int64_t n, ScalarType dtype, int64_t stride, void* data) {
+  write_any(v, n, dtype, stride, data);
+}
+MTKD_CLONES void write(const double* v, int64_t n, ScalarType dtype, int64_t stride, void* data) {
+  write_any(v, n, dtype, stride, data);
+}
+
+}  // namespace mtkd::cpu

@@ -1,0 +1,289 @@
+"""``define``: a schema, a formula and its gradient become a twice differentiable operator.
+
+Each loss ``<name>`` becomes five operators of ``torch.ops.mtkd``, every one opaque to
+torch.compile and export, and every one with the plain formula as its implementation wherever no
+kernel is registered (``CompositeExplicitAutograd``: fallback, and what tracing runs on fake
+tensors)::
+
+    <name>(args) -> matrix, saved                 the matrix of losses (N, T), and whatever the
+                                                  kernel wants back in <name>_backward
+    <name>_backward(grad, saved, args, output_mask) -> gradients
+                                                  given the gradient to the matrix
+    <name>_value_and_grad(coefficient, args, output_mask) -> matrix, gradients
+                                                  both in one pass, when that gradient is known
+    <name>_value_and_grad_(coefficient, args) -> matrix
+                                                  likewise; the gradients overwrite the
+                                                  differentiable arguments
+    <name>_sum(coefficient, args) -> sum(coefficient * matrix)
+                                                  the scalar that training needs
+
+A gradient that ``output_mask`` does not ask for is an empty tensor. Kernels implement the first
+four and know nothing of autograd; ``<name>`` and ``<name>_sum`` are differentiable.
+``<name>_sum`` stores the gradients that come with the value; whenever a graph of the backward
+pass is asked for, the gradients come from the formulas instead, so derivatives of any order are
+exact. Function transforms (torch.func) and forward mode see the formulas too.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_LIBRARY = torch.library.Library("mtkd", "DEF")
+_SUFFIXES = {
+    "forward": "",
+    "backward": "_backward",
+    "value_and_grad": "_value_and_grad",
+    "value_and_grad_": "_value_and_grad_",
+    "sum": "_sum",
+}
+_LIBRARY.define("advise_huge_pages(Tensor x) -> ()")
+_LIBRARY.impl("advise_huge_pages", lambda x: None, "CompositeExplicitAutograd")
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+Gradients = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The operators of one loss, and where its differentiable arguments stand."""
+
+    name: str
+    arguments: tuple[str, ...]
+    differentiable: tuple[int, ...]
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    value_and_grad: Callable[..., tuple[Tensor, ...]]
+    value_and_grad_: Callable[..., Tensor]
+    sum: Callable[..., Tensor]
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """The names of its operators in ``torch.ops.mtkd``."""
+        return tuple(self.name + suffix for suffix in _SUFFIXES.values())
+
+    def implement(self, key: str, **kernels: Callable[..., Any]) -> None:
+        """Register Python kernels under a dispatch key: ``forward=``, ``backward=``, ..."""
+        for role, kernel in kernels.items():
+            _LIBRARY.impl(self.name + _SUFFIXES[role], kernel, key)
+
+
+@dataclass(frozen=True)
+class _Formulas:
+    """The plain PyTorch formulas behind a loss's operators."""
+
+    matrix: Callable[..., Tensor]
+    gradient: Callable[..., Gradients]
+    saved: Callable[..., Tensor]
+
+    def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
+        return self.matrix(*args), self.saved(*args)
+
+    def backward(self, grad: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        *args, output_mask = args  # type: ignore[assignment]
+        pairs = zip(self.gradient(grad, *args), output_mask, strict=True)
+        return tuple(
+            g.contiguous() if wanted and g is not None else grad.new_empty(0) for g, wanted in pairs
+        )
+
+    def value_and_grad(self, coefficient: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        matrix, saved = self.forward(*args[:-1])
+        return (matrix, *self.backward(coefficient, saved, *args))
+
+    def sum(self, coefficient: Tensor, *args: Any) -> Tensor:
+        return (coefficient * self.matrix(*args)).sum()
+
+
+def define(
+    name: str,
+    arguments: str,
+    *,
+    differentiable: Sequence[str],
+    formula: Callable[..., Tensor],
+    gradient: Callable[..., Gradients],
+    saved: Callable[..., Tensor] | None = None,
+) -> Loss:
+    """Define a loss's operators.
+
+    Args:
+        name: the loss's name, a valid identifier.
+        arguments: schema of the arguments, beginning with ``Tensor? mask, int[] dims``.
+        differentiable: names of the arguments that receive gradients.
+        formula: ``formula(*arguments) -> matrix`` in plain PyTorch.
+        gradient: ``gradient(grad, *arguments) -> gradients`` in plain PyTorch, in closed form,
+            one entry a differentiable argument (None where that argument is None).
+        saved: ``saved(*arguments)`` makes an empty tensor of the shape and dtype of what kernels
+            save for their backward; nothing is saved when it is not given.
+
+    Returns:
+        The operators, to be called with positional arguments.
+    """
+    names = tuple(argument.split()[-1] for argument in arguments.split(", "))
+    positions = tuple(names.index(argument) for argument in differentiable)
+    _define_schemas(name, arguments, differentiable)
+    operators = (getattr(torch.ops.mtkd, name + suffix).default for suffix in _SUFFIXES.values())
+    loss = Loss(name, names, positions, *operators)
+
+    def nothing(*args: Any) -> Tensor:
+        return args[positions[0]].new_empty(0)  # type: ignore[no-any-return]
+
+    formulas = _Formulas(formula, gradient, saved or nothing)
+    _register_formulas(loss, formulas)
+    _register_autograd(loss, formulas)
+    return loss
+
+
+def _define_schemas(name: str, arguments: str, differentiable: Sequence[str]) -> None:
+    gradients = ", ".join(["Tensor"] * len(differentiable))
+    written = arguments
+    for alias, argument in zip("abcdefgh", differentiable, strict=False):
+        written = written.replace(f"Tensor {argument},", f"Tensor({alias}!) {argument},")
+        written = written.replace(f"Tensor? {argument},", f"Tensor({alias}!)? {argument},")
+    for schema in (
+        f"{name}({arguments}) -> (Tensor, Tensor)",
+        f"{name}_backward(Tensor grad, Tensor saved, {arguments}, bool[] output_mask)"
+        f" -> ({gradients})",
+        f"{name}_value_and_grad(Tensor coefficient, {arguments}, bool[] output_mask)"
+        f" -> (Tensor, {gradients})",
+        f"{name}_value_and_grad_(Tensor coefficient, {written}) -> Tensor",
+        f"{name}_sum(Tensor coefficient, {arguments}) -> Tensor",
+    ):
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _register_formulas(loss: Loss, formulas: _Formulas) -> None:
+    def value_and_grad_(coefficient: Tensor, *args: Any) -> Tensor:
+        matrix, gradients = formulas.matrix(*args), formulas.gradient(coefficient, *args)
+        for position, grad in zip(loss.differentiable, gradients, strict=True):
+            if grad is not None:
+                args[position].copy_(grad)
+        return matrix
+
+    def weighted_sum(coefficient: Tensor, *args: Any) -> Tensor:
+        return (coefficient * loss.forward(*args)[0]).sum()
+
+    loss.implement(
+        "CompositeExplicitAutograd",
+        forward=formulas.forward,
+        backward=formulas.backward,
+        value_and_grad=formulas.value_and_grad,
+        value_and_grad_=value_and_grad_,
+        sum=weighted_sum,
+    )
+
+
+def _register_autograd(loss: Loss, formulas: _Formulas) -> None:
+    def kernel(operator: Any, formula: Any, function: Any) -> Callable[..., Any]:
+        def dispatch(*args: Any) -> Any:
+            if _transforming():
+                return formula(*args)
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+                return function(*args)
+            with _below_autograd():
+                return operator(*args)
+
+        return dispatch
+
+    def outside_autocast(operator: Any) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with torch._C._DisableAutocast():  # formulas and drivers choose their own precision
+                return operator(*args)
+
+        return call
+
+    roles = {role: outside_autocast(getattr(loss, role)) for role in _SUFFIXES}
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        loss.implement(key, **roles)
+    loss.implement(
+        "Autograd",
+        forward=kernel(loss.forward, formulas.forward, _forward_function(loss)),
+        backward=kernel(loss.backward, formulas.backward, formulas.backward),
+        sum=kernel(loss.sum, formulas.sum, _sum_function(loss)),
+    )
+
+
+def _transforming() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _forward_function(loss: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+            with _below_autograd():
+                matrix, saved = loss.forward(*args)
+            ctx.mark_non_differentiable(saved)
+            _save(ctx, args, saved)
+            return matrix, saved
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+            args, (saved,) = _restore(ctx)
+            wanted = [ctx.needs_input_grad[position] for position in loss.differentiable]
+            return _spread(loss, loss.backward(grad, saved, *args, wanted), wanted)
+
+    return Forward.apply  # type: ignore[no-any-return]
+
+
+def _sum_function(loss: Loss) -> Callable[..., Tensor]:
+    class Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, coefficient: Tensor, *args: Any) -> Tensor:
+            wanted = [ctx.needs_input_grad[1 + position] for position in loss.differentiable]
+            ctx.half = any(_is_half(args[position]) for position in loss.differentiable)
+            with _below_autograd():
+                if ctx.half:  # gradients stored before the loss scale is known would underflow
+                    kept = loss.forward(*args)
+                else:
+                    kept = loss.value_and_grad(coefficient, *args, wanted)
+                _save(ctx, (coefficient, *args), *kept)
+                return (coefficient * kept[0]).sum()
+
+        @staticmethod
+        def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+            (coefficient, *args), (matrix, *kept) = _restore(ctx)
+            wanted = [ctx.needs_input_grad[1 + position] for position in loss.differentiable]
+            gradients: Sequence[Tensor] = kept
+            if torch.is_grad_enabled():  # a graph of this pass is wanted: the formulas have one
+                matrix, saved = loss.forward(*args)
+                gradients = loss.backward(upstream * coefficient, saved, *args, wanted)
+            elif ctx.half:
+                gradients = loss.backward(upstream * coefficient, *kept, *args, wanted)
+            elif not _is_one(upstream):
+                gradients = [upstream * grad for grad in kept]
+            to_coefficient = upstream * matrix if ctx.needs_input_grad[0] else None
+            return (to_coefficient, *_spread(loss, gradients, wanted))
+
+    return Sum.apply  # type: ignore[no-any-return]
+
+
+def _save(ctx: Any, args: Sequence[Any], *more: Tensor) -> None:
+    ctx.settings = [None if isinstance(arg, Tensor) else arg for arg in args]
+    ctx.save_for_backward(*[arg if isinstance(arg, Tensor) else None for arg in args], *more)
+
+
+def _restore(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
+    tensors, settings = ctx.saved_tensors, ctx.settings
+    pairs = zip(tensors, settings, strict=False)
+    return [s if t is None else t for t, s in pairs], tensors[len(settings) :]
+
+
+def _spread(loss: Loss, gradients: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
+    spread: list[Tensor | None] = [None] * len(loss.arguments)
+    for position, grad, want in zip(loss.differentiable, gradients, wanted, strict=True):
+        if want:
+            spread[position] = grad
+    return tuple(spread)
+
+
+def _is_half(argument: Tensor | None) -> bool:
+    return argument is not None and argument.dtype == torch.float16
+
+
+def _is_one(upstream: Tensor) -> bool:
+    # read on the CPU alone, where it costs no synchronisation, and never while tracing
+    return type(upstream) is Tensor and upstream.device.type == "cpu" and float(upstream) == 1.0

@@ -1,0 +1,113 @@
+"""Checks that losses share: one clear error that names the argument, what it wants, what came."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def is_sequence(argument: Any) -> bool:
+    """Whether an argument holds one tensor a teacher."""
+    return isinstance(argument, (list, tuple))
+
+
+def check_tensor(name: str, tensor: Any, device: torch.device | None = None) -> None:
+    """Raise TypeError unless `tensor` is a floating-point tensor that kernels can read."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if hasattr(tensor, "device_mesh"):
+        raise TypeError(f"{name}: expected a plain tensor, got a DTensor; pass its to_local()")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+def check_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
+    """Raise ValueError unless `tensor` has the expected shape."""
+    if tensor.shape != torch.Size(expected):
+        raise ValueError(
+            f"{name}: expected shape {tuple(expected)}, got shape {tuple(tensor.shape)}"
+        )
+
+
+def check_target(name: str, target: Any, device: torch.device) -> None:
+    """Raise unless `target` is a teacher's tensor: floating point, no gradient asked for."""
+    check_tensor(name, target, device)
+    if target.requires_grad:
+        raise ValueError(
+            f"{name}: expected a tensor that does not require grad, since teachers receive no"
+            f" gradient; got requires_grad=True; pass {name}.detach()"
+        )
+
+
+def check_dims(dims: Sequence[int] | None, width: int, name: str) -> tuple[int, ...]:
+    """Return the teachers' widths, which must be positive and sum to the columns of `name`."""
+    if dims is None:
+        dims = (width,)
+    if not is_sequence(dims):
+        raise TypeError(f"dims: expected a sequence of widths, got {type(dims).__name__}")
+    widths = tuple(int(dim) for dim in dims)
+    if not widths or min(widths) < 1:
+        raise ValueError(f"dims: expected at least one positive width a teacher, got {_short(dims)}")
+    if sum(widths) != width:
+        raise ValueError(
+            f"dims: expected widths that sum to the {width} columns of {name},"
+            f" got {_short(dims)}, which sum to {sum(widths)}"
+        )
+    return widths
+
+
+class Group(NamedTuple):
+    """The tensors of one call of an operator: packed teachers, or one teacher of a sequence."""
+
+    tensors: tuple[Any, ...]
+    dims: Sequence[int] | None
+    suffix: str  # "[t]" for teacher t of a sequence, for error messages
+
+
+def group_teachers(dims: Sequence[int] | None, **arguments: Any) -> list[Group]:
+    """Group arguments into calls: one for packed tensors, one a teacher for sequences.
+
+    The first argument decides; with sequences every other argument is one, or None.
+    """
+    (first_name, first), *others = arguments.items()
+    if not is_sequence(first):
+        for name, argument in others:
+            if is_sequence(argument):
+                raise TypeError(
+                    f"{name}: expected a tensor like {first_name}, got {type(argument).__name__}"
+                )
+        return [Group(tuple(arguments.values()), dims, "")]
+    teachers = len(first)
+    if not teachers:
+        raise ValueError(f"{first_name}: expected one tensor a teacher, got none")
+    if dims is not None:
+        raise ValueError(f"dims: expected None with one tensor a teacher, got {_short(dims)}")
+    columns: list[Sequence[Any]] = [first]
+    for name, argument in others:
+        if argument is not None and not is_sequence(argument):
+            kind = type(argument).__name__
+            raise TypeError(f"{name}: expected {teachers} tensors like {first_name}, got {kind}")
+        if argument is not None and len(argument) != teachers:
+            raise ValueError(
+                f"{name}: expected {teachers} tensors like {first_name}, got {len(argument)}"
+            )
+        columns.append([None] * teachers if argument is None else argument)
+    rows = enumerate(zip(*columns, strict=True))
+    return [Group(tensors, None, f"[{teacher}]") for teacher, tensors in rows]
+
+
+def check_bound(bound: float | None) -> None:
+    """Raise ValueError unless `bound` is None or a positive finite number."""
+    if bound is not None and not (isinstance(bound, (int, float)) and 0 < bound < math.inf):
+        raise ValueError(f"bound: expected None or a positive finite number, got {bound!r}")
+
+
+def _short(dims: Any) -> str:
+    text = str(tuple(dims)) if is_sequence(dims) else repr(dims)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,326 @@
+"""Negative log-likelihood of teachers under Gaussian heads, and mixtures of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import linear, ops
+from ..packing import join_small
+from ..reduction import reduce, split_columns
+from ..reference.columns import accumulate_dtype
+from .checks import (
+    Group,
+    check_bound,
+    check_dims,
+    check_shape,
+    check_target,
+    check_tensor,
+    group_teachers,
+)
+
+Tensors = Tensor | Sequence[Tensor]
+
+
+def gaussian_nll(
+    mean: Tensors,
+    log_std: Tensors,
+    target: Tensors,
+    dims: Sequence[int] | None = None,
+    *,
+    mode_logits: Tensor | None = None,
+    bound: float | None = None,
+    per_dim: bool = True,
+    full: bool = False,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Negative log-likelihood of every teacher under a diagonal Gaussian, or a mixture of M.
+
+    With :math:`z = (t - \mu) / \sigma` and :math:`\sigma = \exp(\text{log\_std})`, the loss of a
+    row and teacher with columns d is
+
+    .. math:: \ell = \tfrac{1}{D_t} \sum_d \tfrac{1}{2} z_d^2 + \log \sigma_d
+
+    and, with M modes of energies :math:`e_m` (the sum above, of mode m) and
+    :math:`\pi = \text{softmax}(\text{mode\_logits})`,
+    :math:`\ell = -\tfrac{1}{D_t} \log \sum_m \pi_m \exp(-e_m)`.
+
+    Args:
+        mean: the means, packed with `dims` or one tensor a teacher.
+        log_std: natural logarithms of the standard deviations, like `mean`.
+        target: the teachers' embeddings; any floating dtype, no gradient.
+        dims: the width of each teacher; None with a tensor means a single teacher.
+        mode_logits: unnormalised log-probabilities of mixture modes; their log-softmax over the
+            modes is taken here.
+        bound: with b, ``b * tanh(log_std / b)`` takes the place of `log_std`.
+        per_dim: divide each teacher's loss by its width (after the logarithm over modes).
+        full: add the constant ``D_t / 2 log 2 pi`` (before the division).
+        weight: weights of teachers ``(T,)`` or of entries ``(*, T)``; may require grad.
+        mask: entries that count, ``(*, T)`` bool; whatever the others hold adds nothing.
+        denominator: divides the sum, in place of the sum of the counted weights.
+        reduction: "none", "mean" or "sum" over rows and teachers.
+
+    Shape:
+        - mean, log_std: ``(*, D)`` with ``D = sum(dims)``, or sequences of ``(*, D_t)``; with
+          modes ``(*, M, D)`` or sequences of ``(*, M, D_t)``.
+        - target: ``(*, D)`` or a sequence of ``(*, D_t)``. mode_logits: ``(*, M, T)``.
+
+    Returns:
+        ``(*, T)`` for "none", else a 0-dim tensor: nats per dimension (nats without `per_dim`),
+        float32, or float64 when `mean` or `log_std` is float64.
+
+    Raises:
+        ValueError: shapes, widths or devices that do not fit, a target that requires grad.
+        TypeError: not a tensor, an integer dtype, a DTensor.
+
+    Note:
+        Forward and backward read each input once and write each gradient once for "mean" and
+        "sum"; nothing else of size ``(*, D)`` is made. float16 and bfloat16 are read as they are
+        and computed in float32. A sequence is one call a teacher: pack hundreds of them.
+
+    Source:
+        Formont et al., "Learning Task-Agnostic Representations through Multi-Teacher
+        Distillation", NeurIPS 2025, arXiv 2510.18680: the bound on the conditional entropies
+        h(T_k | S). Mixtures: Pichler et al., KNIFE, arXiv 2202.06618.
+
+    Example:
+        >>> import torch
+        >>> import mtkd.functional as F
+        >>> dims = (3, 5)  # two teachers
+        >>> mean = torch.zeros(4, 8, requires_grad=True)
+        >>> log_std = torch.zeros(4, 8, requires_grad=True)
+        >>> loss = F.gaussian_nll(mean, log_std, torch.ones(4, 8), dims)
+        >>> loss.item()
+        0.5
+        >>> loss.backward()
+        >>> F.gaussian_nll(mean, log_std, torch.ones(4, 8), dims, reduction="none").shape
+        torch.Size([4, 2])
+    """
+    check_bound(bound)
+    groups = group_teachers(dims, mean=mean, log_std=log_std, target=target)
+    inner = 1 if mode_logits is None else 2
+    leading, modes = _leading(groups[0], inner)
+    calls = join_small([_row_arguments(group, leading, inner) for group in groups])
+    counts = [len(call[0]) for call in calls]
+    logits = _mode_logits(mode_logits, (*leading, modes, sum(counts)), calls[0][1].device)
+    return reduce(
+        ops.gaussian_nll,
+        [
+            (*call, part, bound, per_dim, full)
+            for call, part in zip(calls, split_columns(logits, counts), strict=True)
+        ],
+        counts,
+        leading=leading,
+        dtype=accumulate_dtype(*(tensor for call in calls for tensor in call[1:3])),
+        device=calls[0][1].device,
+        weight=weight,
+        mask=mask,
+        denominator=denominator,
+        reduction=reduction,
+    )
+
+
+def _leading(group: Group, inner: int) -> tuple[torch.Size, int]:
+    """Return the leading dimensions of the means, and how many modes they have."""
+    (mean, _, _), suffix = group.tensors, group.suffix
+    check_tensor(f"mean{suffix}", mean)
+    if mean.dim() < inner:
+        shape = "(*, D)" if inner == 1 else "(*, M, D), since mode_logits are given"
+        raise ValueError(f"mean{suffix}: expected shape {shape}, got shape {tuple(mean.shape)}")
+    return mean.shape[:-inner], 1 if inner == 1 else mean.shape[-2]
+
+
+def _row_arguments(group: Group, leading: torch.Size, inner: int) -> tuple[Any, ...]:
+    """Check a group; return its dims and its tensors with rows as their only leading dimension."""
+    (mean, log_std, target), suffix = group.tensors, group.suffix
+    check_tensor(f"mean{suffix}", mean)
+    check_tensor(f"log_std{suffix}", log_std, mean.device)
+    check_target(f"target{suffix}", target, mean.device)
+    check_shape(f"mean{suffix}", mean, (*leading, *mean.shape[-inner:]))
+    check_shape(f"log_std{suffix}", log_std, mean.shape)
+    check_shape(f"target{suffix}", target, (*leading, mean.shape[-1]))
+    dims = check_dims(group.dims, mean.shape[-1], f"mean{suffix}")
+    if len(leading) == 1:
+        return dims, mean, log_std, target
+    rows = leading.numel()
+    shape = (rows, *mean.shape[-inner:])
+    return dims, mean.reshape(shape), log_std.reshape(shape), target.reshape(rows, -1)
+
+
+def _mode_logits(
+    mode_logits: Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> Tensor | None:
+    if mode_logits is None:
+        return None
+    check_tensor("mode_logits", mode_logits, device)
+    check_shape("mode_logits", mode_logits, shape)
+    return mode_logits.reshape(-1, *shape[-2:])
+
+
+def linear_gaussian_nll(
+    input: Tensors,
+    linear_weight: Tensors,
+    target: Tensors,
+    dims: Sequence[int] | None = None,
+    *,
+    linear_bias: Tensors | None = None,
+    mode_weight: Tensors | None = None,
+    mode_bias: Tensors | None = None,
+    bound: float | None = None,
+    per_dim: bool = True,
+    full: bool = False,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Gaussian negative log-likelihood fused with the last linear layer of its heads.
+
+    Equal to `gaussian_nll` with
+
+    .. math:: \mu = W_0 x + b_0, \quad \text{log\_std} = W_1 x + b_1
+
+    (and mode logits likewise), but neither these nor their gradients are ever held whole.
+
+    Args:
+        input: student embeddings shared by the teachers, or one tensor a teacher.
+        linear_weight: mean rows, then log_std rows, of all teachers; or one tensor a teacher.
+        target: the teachers' embeddings; any floating dtype, no gradient.
+        dims: the width of each teacher; None with a tensor means a single teacher.
+        linear_bias: biases of `linear_weight`.
+        mode_weight: weights of the mode logits; makes the heads mixtures of M modes.
+        mode_bias: biases of `mode_weight`.
+        bound: with b, ``b * tanh(log_std / b)`` takes the place of the log standard deviations.
+        per_dim: divide each teacher's loss by its width.
+        full: add the constant ``D_t / 2 log 2 pi``.
+        weight: weights of teachers ``(T,)`` or of entries ``(*, T)``; may require grad.
+        mask: entries that count, ``(*, T)`` bool.
+        denominator: divides the sum, in place of the sum of the counted weights.
+        reduction: "none", "mean" or "sum" over rows and teachers.
+
+    Shape:
+        - input ``(*, H)``, linear_weight ``(2, D, H)``, linear_bias ``(2, D)``, target
+          ``(*, D)`` with ``D = sum(dims)``.
+        - mixtures: linear_weight ``(2, M, D, H)``, linear_bias ``(2, M, D)``, mode_weight
+          ``(M, T, H)``, mode_bias ``(M, T)``.
+        - a teacher's own input: sequences of T such tensors, each with ``T = 1``.
+
+    Returns:
+        ``(*, T)`` for "none", else a 0-dim tensor: nats per dimension (nats without `per_dim`),
+        float32, or float64 when `input` or `linear_weight` is float64.
+
+    Raises:
+        ValueError: shapes, widths or devices that do not fit, a target that requires grad.
+        TypeError: not a tensor, an integer dtype, a DTensor.
+
+    Note:
+        "mean" and "sum" take three GEMMs, gradients included, and memory for one tile of rows
+        and teachers; `mtkd.linear.workspace` bounds it. "none" takes a fourth GEMM in backward
+        where its gradients do not fit the workspace. Under autocast `input` and the weights are
+        cast; what they make is float32.
+
+    Source:
+        As for `gaussian_nll`; the fused form follows ``torch.nn.functional.linear_cross_entropy``.
+
+    Example:
+        >>> import torch
+        >>> import mtkd.functional as F
+        >>> student = torch.randn(4, 16, requires_grad=True)
+        >>> heads = torch.zeros(2, 8, 16, requires_grad=True)
+        >>> loss = F.linear_gaussian_nll(student, heads, torch.ones(4, 8), (3, 5))
+        >>> loss.item()
+        0.5
+    """
+    check_bound(bound)
+    groups = group_teachers(
+        dims,
+        input=input,
+        linear_weight=linear_weight,
+        target=target,
+        linear_bias=linear_bias,
+        mode_weight=mode_weight,
+        mode_bias=mode_bias,
+    )
+    leading = _input_leading(groups[0])
+    calls = [_linear_arguments(group, leading) for group in groups]
+    trained = any(isinstance(x, Tensor) and x.requires_grad for call in calls for x in call)
+    stash = reduction == "none" and torch.is_grad_enabled() and trained
+    budget = linear.workspace_size()
+    return reduce(
+        ops.linear_gaussian_nll,
+        [
+            (*call, bound, per_dim, full, budget, stash and linear.stash_fits(*_stash_size(call)))
+            for call in calls
+        ],
+        [len(call[0]) for call in calls],
+        leading=leading,
+        dtype=accumulate_dtype(*(tensor for call in calls for tensor in call[1:3])),
+        device=calls[0][1].device,
+        weight=weight,
+        mask=mask,
+        denominator=denominator,
+        reduction=reduction,
+    )
+
+
+def _input_leading(group: Group) -> torch.Size:
+    name, input = f"input{group.suffix}", group.tensors[0]
+    check_tensor(name, input)
+    if input.dim() < 1:
+        raise ValueError(f"{name}: expected shape (*, H), got a 0-dim tensor")
+    return input.shape[:-1]
+
+
+def _linear_arguments(group: Group, leading: torch.Size) -> tuple[Any, ...]:
+    """Check a group; return dims, input ``(N, H)``, layers with a mode dimension, target."""
+    (input, weight, target, bias, mode_weight, mode_bias), suffix = group.tensors, group.suffix
+    check_tensor(f"input{suffix}", input)
+    layers = {"linear_weight": weight, "linear_bias": bias}
+    layers |= {"mode_weight": mode_weight, "mode_bias": mode_bias}
+    for name, tensor in layers.items():
+        if tensor is not None or name == "linear_weight":
+            check_tensor(name + suffix, tensor, input.device)
+    check_target(f"target{suffix}", target, input.device)
+    features, inner = input.shape[-1], 1 if mode_weight is None else 2
+    check_shape(f"input{suffix}", input, (*leading, features))
+    if weight.dim() != inner + 2:
+        shape = "(2, D, H)" if inner == 1 else "(2, M, D, H), since mode_weight is given"
+        raise ValueError(
+            f"linear_weight{suffix}: expected shape {shape}, got shape {tuple(weight.shape)}"
+        )
+    inside = weight.shape[1:-1]
+    check_shape(f"linear_weight{suffix}", weight, (2, *inside, features))
+    check_shape(f"target{suffix}", target, (*leading, inside[-1]))
+    dims = check_dims(group.dims, inside[-1], f"linear_weight{suffix}")
+    if bias is not None:
+        check_shape(f"linear_bias{suffix}", bias, (2, *inside))
+    if mode_weight is not None:
+        check_shape(f"mode_weight{suffix}", mode_weight, (inside[0], len(dims), features))
+    if mode_bias is not None and mode_weight is None:
+        raise ValueError(f"mode_bias{suffix}: expected None without mode_weight")
+    if mode_bias is not None:
+        check_shape(f"mode_bias{suffix}", mode_bias, (inside[0], len(dims)))
+    rows = leading.numel()
+    input, target = input.reshape(rows, features), target.reshape(rows, inside[-1])
+    input, weight, mode_weight = (_autocast(x) for x in (input, weight, mode_weight))
+    return dims, input, weight, bias, mode_weight, mode_bias, target
+
+
+def _stash_size(call: tuple[Any, ...]) -> tuple[int, int]:
+    _, input, weight, _, mode_weight, *_ = call
+    width = weight.shape[:-1].numel()
+    return input.shape[0], width + (0 if mode_weight is None else mode_weight.shape[:-1].numel())
+
+
+def _autocast(operand: Tensor | None) -> Tensor | None:
+    """Cast a GEMM's operand as autocast casts those of torch's own linear layers."""
+    if operand is None or operand.dtype == torch.float64:
+        return operand
+    kind = operand.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return operand
+    return operand.to(torch.get_autocast_dtype(kind))
