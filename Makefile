@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # A plain version, so that it resolves to the CPU or the CUDA build, whichever is offered.
 TORCH := 2.13.0
+# The Triton that this PyTorch is made for (a CPU build of PyTorch brings none).
+TRITON := 3.7.1
 # Further arguments, for example: make test ARGS="-k gaussian"
 ARGS :=
 
@@ -64,8 +66,9 @@ $(TORCH_STAMP):
 		"'$(PYTHON)' cannot make virtual environments: install its venv module (Debian: apt install python3-venv)" >&2; exit 1; }
 	@echo "Setting up $(VENV) with PyTorch $(TORCH): once, a few minutes"
 	@$(PYTHON) -m venv $(VENV)
-	@rm -f $(VENV)/.torch-* $(VENV)/.extension
-	@echo "torch==$(TORCH)" > $(VENV)/constraints.txt
+	@rm -rf $(VENV)/.torch-* $(VENV)/.extension build
+	@printf 'torch==%s\n' $(TORCH) > $(VENV)/constraints.txt
+	@printf 'triton==%s\n' $(TRITON) >> $(VENV)/constraints.txt
 	@$(PIP) torch numpy "setuptools>=77.0.3" wheel ninja "pybind11>=2.13"
 	@touch $@
 
@@ -76,6 +79,10 @@ $(VENV)/.extra-%: $(TORCH_STAMP) pyproject.toml setup.py
 	@touch $@
 
 # Only what changed is compiled again. Without a compiler there is no stamp: it is tried next time.
+# The build's log is long: shown are its warnings, or all of it when it fails.
+$(VENV)/.extension: LOG = $(VENV)/extension.log
 $(VENV)/.extension: $(TORCH_STAMP) setup.py $(SOURCES)
-	@$(RUN) setup.py --quiet build_ext --inplace
+	@echo "Building the extension"
+	@$(RUN) setup.py build_ext --inplace > $(LOG) 2>&1 || { cat $(LOG) >&2; exit 1; }
+	@grep -E 'warning: |^mtkd: ' $(LOG) || true
 	@ls mtkd/_C.*.so > $@ 2> /dev/null || rm -f $@

@@ -20,6 +20,7 @@ CXX_FLAGS = [
     "-O3",
     "-std=c++17",
     "-fno-math-errno",
+    "-fno-trapping-math",  # selects are vectorised; no effect on results
     "-fopenmp-simd",
     "-fvisibility=hidden",
     "-Wall",
@@ -29,7 +30,7 @@ NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden"]
 
 
 def obstacle():
-    """Why the extension cannot or shall not be built here, or None: then a failed build is an error."""
+    """Why the extension is not built here; None where a build that fails is an error."""
     if os.environ.get("MTKD_NO_EXTENSION", "0") not in ("", "0"):
         return "MTKD_NO_EXTENSION is set"
     if sys.platform == "win32":
@@ -61,6 +62,9 @@ def extension():
     cpp, cuda = sources("csrc/cpu/*.cpp"), sources("csrc/cuda/*.cu")
     with_cuda = bool(cuda and torch.version.cuda and cpp_extension.CUDA_HOME)
     kernels = cpp + cuda * with_cuda
+    # Other people's headers count as the system's: no warnings from there.
+    headers = [pybind11.get_include(), *cpp_extension.include_paths()]
+    system = [flag for path in headers for flag in ("-isystem", path)]
     macros = [
         ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
         ("MTKD_KERNELS", ",".join(re.sub(r"csrc/|\.cu$|\.cpp$", "", path) for path in kernels)),
@@ -76,15 +80,14 @@ def extension():
     return build(
         "mtkd._C",
         ["csrc/module.cpp", *kernels],
-        include_dirs=[pybind11.get_include()],
         define_macros=macros,
         depends=sources("csrc/**/*.h") + sources("csrc/**/*.cuh"),
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": CXX_FLAGS + system, "nvcc": NVCC_FLAGS + system},
     )
 
 
 def build_options():
-    """Arguments for setup(): the extension and its builder, or neither, with one line that says so."""
+    """Arguments for setup(): the extension and its builder, or one printed line why neither."""
     reason = obstacle()
     if reason:
         print(f"mtkd: no compiled kernels, because {reason}; PyTorch formulas are used instead.")

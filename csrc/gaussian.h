@@ -17,11 +17,11 @@ struct Element {
 
 template <bool Bounded, class A>
 MTKD_INLINE Element<A> element(A mean, A log_std, A target, A bound, A inverse_bound) {
-  A slope = 1;
-  if constexpr (Bounded) log_std = bound * tanh_and_slope(log_std * inverse_bound, slope);
+  const auto ratio = Bounded ? tanh_and_slope(log_std * inverse_bound) : ValueAndSlope<A>{0, 1};
+  if constexpr (Bounded) log_std = bound * ratio.value;
   const A inverse_std = exponential(-log_std);
   const A z = (target - mean) * inverse_std;
-  return {A(0.5) * z * z + log_std, -z * inverse_std, (A(1) - z * z) * slope};
+  return {A(0.5) * z * z + log_std, -z * inverse_std, (A(1) - z * z) * ratio.slope};
 }
 
 }  // namespace mtkd::gaussian

@@ -124,16 +124,11 @@ A segment(const Inputs& in, const Outputs& out, int64_t n, int64_t m, int64_t t,
 }
 
 template <class A>
-void put(const View& view, int64_t n, int64_t m, int64_t j, A value) {
-  if (view) write(&value, 1, view.dtype, 1, view.at(n, m, j));
-}
-
-template <class A>
 void write_zeros(const Inputs& in, const Outputs& out, int64_t n, int64_t t) {
-  put(out.loss, n, 0, t, A(0));
+  out.loss.put(n, 0, t, A(0));
   const std::vector<A> zeros(std::min(kBlock, in.offsets[t + 1] - in.offsets[t]), A(0));
   for (int64_t m = 0; m < in.modes; ++m) {
-    put(out.logits_grad, n, m, t, A(0));
+    out.logits_grad.put(n, m, t, A(0));
     for (int64_t j = in.offsets[t]; j < in.offsets[t + 1]; j += kBlock) {
       const int64_t count = std::min(kBlock, in.offsets[t + 1] - j);
       for (const View* view : {&out.mean_grad, &out.log_std_grad})
@@ -166,7 +161,7 @@ A mixture(const Inputs& in, const Outputs& out, int64_t n, int64_t t, A constant
   for (int64_t m = 0; grad && m < in.modes; ++m) {
     const A posterior = std::exp(joint[m] - evidence), mode_grad = *grad * posterior;
     segment<A>(in, out, n, m, t, &mode_grad);
-    put(out.logits_grad, n, m, t, *grad * (std::exp(prior[m]) - posterior));
+    out.logits_grad.put(n, m, t, *grad * (std::exp(prior[m]) - posterior));
   }
   return -evidence;
 }
@@ -197,7 +192,7 @@ void long_teacher(const Inputs& in, const Outputs& out, const View& coefficient,
   const A* grad = coefficient ? &grad_value : nullptr;
   const A loss = in.logits ? mixture<A>(in, out, n, t, constant, grad)
                            : segment<A>(in, out, n, 0, t, grad) + constant;
-  put(out.loss, n, 0, t, scale * loss);
+  out.loss.put(n, 0, t, scale * loss);
 }
 
 // Likewise for teachers first to last, whose columns fit a block.
@@ -224,7 +219,7 @@ void short_teachers(const Inputs& in, const Outputs& out, const View& coefficien
     if (!counts(in, n, t)) {
       write_zeros<A>(in, out, n, t);
     } else {
-      put(out.loss, n, 0, t, scale_of<A>(in, t) * (sums[t - first] + constant_of<A>(in, t)));
+      out.loss.put(n, 0, t, scale_of<A>(in, t) * (sums[t - first] + constant_of<A>(in, t)));
     }
   }
 }

@@ -54,9 +54,19 @@ struct View {
   }
   template <class A>
   A get(int64_t n, int64_t m, int64_t j) const {
+    if (dtype == dtype_of<A>()) return *reinterpret_cast<const A*>(at(n, m, j));
     A value;
     read(at(n, m, j), dtype, 1, 1, &value);
     return value;
+  }
+  template <class A>
+  void put(int64_t n, int64_t m, int64_t j, A value) const {
+    if (!data) return;
+    if (dtype == dtype_of<A>()) {
+      *reinterpret_cast<A*>(at(n, m, j)) = value;
+    } else {
+      write(&value, 1, dtype, 1, at(n, m, j));
+    }
   }
   // Where to write n numbers: in place, or in scratch that `store` then converts or drops.
   template <class A>
