@@ -103,11 +103,13 @@ class _Layer:
             _add_product(out, grad[part], weight, first and part == 0)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        nothing = self.weight.new_empty(0)
-        weight = nothing if self.weight_grad is None else self.weight_grad.to(self.weight.dtype)
-        if self.bias is None or self.bias_grad is None:
-            return weight, nothing
-        return weight, self.bias_grad.to(self.bias.dtype)
+        like = self.weight if self.bias is None else self.bias
+        return _finish(self.weight_grad, self.weight), _finish(self.bias_grad, like)
+
+
+def _finish(grad: Tensor | None, like: Tensor) -> Tensor:
+    """Return a gradient in its argument's dtype; one that is not wanted is an empty tensor."""
+    return like.new_empty(0) if grad is None else grad.to(like.dtype)
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -257,10 +259,11 @@ class _Sink:
             layer.input_grad(logits, slice(None), self.input_grad[rows], first=False)
 
     def gradients(self) -> tuple[Tensor, ...]:
-        call, nothing = self.call, self.call.input.new_empty(0)
-        to_input = nothing if self.input_grad is None else self.input_grad.to(call.input.dtype)
-        teachers = (nothing, nothing) if call.teachers is None else call.teachers.gradients()
-        return to_input, *call.columns.gradients(), *teachers
+        call, like = self.call, self.call.input
+        teachers = (like.new_empty(0), like.new_empty(0))
+        if call.teachers is not None:
+            teachers = call.teachers.gradients()
+        return _finish(self.input_grad, like), *call.columns.gradients(), *teachers
 
 
 def _gaussian_call(args: Sequence[Any]) -> _Call:
@@ -295,7 +298,7 @@ def _implement(loss: Loss, make_call: Callable[[Sequence[Any]], _Call]) -> None:
     def shaped(sink: _Sink, args: Sequence[Any]) -> tuple[Tensor, ...]:
         """Give gradients the shapes of their arguments, whose leading dimensions calls flatten."""
         pairs = zip(sink.gradients(), loss.differentiable, strict=True)
-        return tuple(g.reshape(args[at].shape) if g.numel() else g for g, at in pairs)
+        return tuple(g.view(args[at].shape) if g.numel() else g for g, at in pairs)
 
     def backward(grad: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor, ...]:
         call = make_call(args[:-1])

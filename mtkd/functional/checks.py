@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,12 @@ def check_dims(dims: Sequence[int] | None, width: int, name: str) -> tuple[int, 
         dims = (width,)
     if not is_sequence(dims):
         raise TypeError(f"dims: expected a sequence of widths, got {type(dims).__name__}")
-    widths = tuple(int(dim) for dim in dims)
+    widths = tuple(dims)
+    if set(map(type, widths)) - {int}:
+        try:
+            widths = tuple(map(index, widths))
+        except TypeError:
+            raise TypeError(f"dims: expected integers, got {_short(dims)}") from None
     if not widths or min(widths) < 1:
         raise ValueError(f"dims: expected at least one positive width a teacher, got {_short(dims)}")
     if sum(widths) != width:
