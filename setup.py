@@ -1,4 +1,4 @@
-"""Builds the optional extension ``mtkd._C``; everything else about the package is in pyproject.toml.
+"""Builds the optional extension ``mtkd._C``; pyproject.toml describes the rest of the package.
 
 ``MTKD_NO_EXTENSION=1`` leaves it out; ``TORCH_CUDA_ARCH_LIST`` chooses GPU architectures.
 """
@@ -18,6 +18,7 @@ TORCH_TARGET_VERSION = "0x020a000000000000"
 # Never -ffast-math: it makes the whole process flush subnormal numbers to zero.
 CXX_FLAGS = [
     "-O3",
+    "-g0",
     "-std=c++17",
     "-fno-math-errno",
     "-fno-trapping-math",  # selects are vectorised; no effect on results
@@ -62,27 +63,29 @@ def extension():
     cpp, cuda = sources("csrc/cpu/*.cpp"), sources("csrc/cuda/*.cu")
     with_cuda = bool(cuda and torch.version.cuda and cpp_extension.CUDA_HOME)
     kernels = cpp + cuda * with_cuda
+    if with_cuda and not torch.cuda.is_available():  # else PyTorch takes the GPUs it sees
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    arch_flags = cpp_extension._get_cuda_arch_flags() if with_cuda else []  # as the build has them
+    # What build_info() tells: lists of bare words, for C++ alone (nvcc splits -D at commas).
+    registering = [path for path in kernels if "TORCH_LIBRARY" in (ROOT / path).read_text()]
+    facts = {
+        "KERNELS": [re.sub(r"^csrc/|\.\w+$", "", path) for path in registering],
+        "CUDA_ARCHITECTURES": sorted(re.findall(r",code=(\w+)", " ".join(arch_flags))),
+    }
+    facts_flags = [f"-DMTKD_{name}={','.join(words)}" for name, words in facts.items()]
     # Other people's headers count as the system's: no warnings from there.
-    headers = [pybind11.get_include(), *cpp_extension.include_paths()]
+    headers = [pybind11.get_include(), *cpp_extension.include_paths("cuda" if with_cuda else "cpu")]
     system = [flag for path in headers for flag in ("-isystem", path)]
-    macros = [
-        ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
-        ("MTKD_KERNELS", ",".join(re.sub(r"csrc/|\.cu$|\.cpp$", "", path) for path in kernels)),
-    ]
-    build = cpp_extension.CppExtension
-    if with_cuda:
-        flags = " ".join(cpp_extension._get_cuda_arch_flags())  # what BuildExtension will pass
-        architectures = ",".join(re.findall(r"code=(\w+)", flags))
-        macros += [("USE_CUDA", None), ("MTKD_CUDA_ARCHITECTURES", architectures)]
-        build = cpp_extension.CUDAExtension
-    else:
-        macros.append(("MTKD_CUDA_ARCHITECTURES", ""))
+    build = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     return build(
         "mtkd._C",
         ["csrc/module.cpp", *kernels],
-        define_macros=macros,
+        define_macros=[
+            ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
+            *([("USE_CUDA", None)] if with_cuda else []),
+        ],
         depends=sources("csrc/**/*.h") + sources("csrc/**/*.cuh"),
-        extra_compile_args={"cxx": CXX_FLAGS + system, "nvcc": NVCC_FLAGS + system},
+        extra_compile_args={"cxx": CXX_FLAGS + system + facts_flags, "nvcc": NVCC_FLAGS + system},
     )
 
 

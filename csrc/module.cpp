@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "simd.h"
+
 #ifdef USE_CUDA
 #include <cuda.h>
 #endif
@@ -25,17 +27,14 @@ std::string compiler() {
 #endif
 }
 
-// What the loader picks for loops marked MTKD_CLONES (common.h): the same condition, same order.
+// What the loader picks for a loop marked MTKD_CLONES.
 std::string simd_level() {
-#if !defined(__x86_64__)
-  return "none";
-#elif defined(__linux__) && \
-    ((defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12) || __clang_major__ >= 17)
+#if MTKD_HAS_CLONES
   if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
   if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
   return "default";
 #else
-  return "default";
+  return "none";
 #endif
 }
 

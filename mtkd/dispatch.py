@@ -48,36 +48,13 @@ Gradients = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
-class Loss:
-    """The operators of one loss, and where its differentiable arguments stand."""
-
-    name: str
-    arguments: tuple[str, ...]
-    differentiable: tuple[int, ...]
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, ...]]
-    value_and_grad: Callable[..., tuple[Tensor, ...]]
-    value_and_grad_: Callable[..., Tensor]
-    sum: Callable[..., Tensor]
-
-    @property
-    def operators(self) -> tuple[str, ...]:
-        """The names of its operators in ``torch.ops.mtkd``."""
-        return tuple(self.name + suffix for suffix in _SUFFIXES.values())
-
-    def implement(self, key: str, **kernels: Callable[..., Any]) -> None:
-        """Register Python kernels under a dispatch key: ``forward=``, ``backward=``, ..."""
-        for role, kernel in kernels.items():
-            _LIBRARY.impl(self.name + _SUFFIXES[role], kernel, key)
-
-
-@dataclass(frozen=True)
-class _Formulas:
-    """The plain PyTorch formulas behind a loss's operators."""
+class Formulas:
+    """A loss's operators as plain PyTorch formulas, by the names of their roles."""
 
     matrix: Callable[..., Tensor]
     gradient: Callable[..., Gradients]
     saved: Callable[..., Tensor]
+    positions: tuple[int, ...]  # of the differentiable arguments
 
     def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
         return self.matrix(*args), self.saved(*args)
@@ -93,8 +70,40 @@ class _Formulas:
         matrix, saved = self.forward(*args[:-1])
         return (matrix, *self.backward(coefficient, saved, *args))
 
+    def value_and_grad_(self, coefficient: Tensor, *args: Any) -> Tensor:
+        matrix, gradients = self.matrix(*args), self.gradient(coefficient, *args)
+        for position, grad in zip(self.positions, gradients, strict=True):
+            if grad is not None:
+                args[position].copy_(grad)
+        return matrix
+
     def sum(self, coefficient: Tensor, *args: Any) -> Tensor:
         return (coefficient * self.matrix(*args)).sum()
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The operators of one loss, and where its differentiable arguments stand."""
+
+    name: str
+    arguments: tuple[str, ...]
+    differentiable: tuple[int, ...]
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    value_and_grad: Callable[..., tuple[Tensor, ...]]
+    value_and_grad_: Callable[..., Tensor]
+    sum: Callable[..., Tensor]
+    formulas: Formulas
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """The names of its operators in ``torch.ops.mtkd``."""
+        return tuple(self.name + suffix for suffix in _SUFFIXES.values())
+
+    def implement(self, key: str, **kernels: Callable[..., Any]) -> None:
+        """Register Python kernels under a dispatch key: ``forward=``, ``backward=``, ..."""
+        for role, kernel in kernels.items():
+            _LIBRARY.impl(self.name + _SUFFIXES[role], kernel, key)
 
 
 def define(
@@ -124,15 +133,15 @@ def define(
     names = tuple(argument.split()[-1] for argument in arguments.split(", "))
     positions = tuple(names.index(argument) for argument in differentiable)
     _define_schemas(name, arguments, differentiable)
-    operators = (getattr(torch.ops.mtkd, name + suffix).default for suffix in _SUFFIXES.values())
-    loss = Loss(name, names, positions, *operators)
 
     def nothing(*args: Any) -> Tensor:
         return args[positions[0]].new_empty(0)  # type: ignore[no-any-return]
 
-    formulas = _Formulas(formula, gradient, saved or nothing)
-    _register_formulas(loss, formulas)
-    _register_autograd(loss, formulas)
+    formulas = Formulas(formula, gradient, saved or nothing, positions)
+    operators = (getattr(torch.ops.mtkd, name + suffix).default for suffix in _SUFFIXES.values())
+    loss = Loss(name, names, positions, *operators, formulas)
+    _register_formulas(loss)
+    _register_autograd(loss)
     return loss
 
 
@@ -154,28 +163,23 @@ def _define_schemas(name: str, arguments: str, differentiable: Sequence[str]) ->
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _register_formulas(loss: Loss, formulas: _Formulas) -> None:
-    def value_and_grad_(coefficient: Tensor, *args: Any) -> Tensor:
-        matrix, gradients = formulas.matrix(*args), formulas.gradient(coefficient, *args)
-        for position, grad in zip(loss.differentiable, gradients, strict=True):
-            if grad is not None:
-                args[position].copy_(grad)
-        return matrix
-
+def _register_formulas(loss: Loss) -> None:
     def weighted_sum(coefficient: Tensor, *args: Any) -> Tensor:
         return (coefficient * loss.forward(*args)[0]).sum()
 
     loss.implement(
         "CompositeExplicitAutograd",
-        forward=formulas.forward,
-        backward=formulas.backward,
-        value_and_grad=formulas.value_and_grad,
-        value_and_grad_=value_and_grad_,
+        forward=loss.formulas.forward,
+        backward=loss.formulas.backward,
+        value_and_grad=loss.formulas.value_and_grad,
+        value_and_grad_=loss.formulas.value_and_grad_,
         sum=weighted_sum,
     )
 
 
-def _register_autograd(loss: Loss, formulas: _Formulas) -> None:
+def _register_autograd(loss: Loss) -> None:
+    formulas = loss.formulas
+
     def kernel(operator: Any, formula: Any, function: Any) -> Callable[..., Any]:
         def dispatch(*args: Any) -> Any:
             if _transforming():

@@ -1,5 +1,8 @@
 """The operator surface: one ``define`` a loss. Importing this module loads the compiled kernels."""
 
+import os
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 from .dispatch import Loss, define
@@ -27,11 +30,15 @@ linear_gaussian_nll = define(
 
 LOSSES: tuple[Loss, ...] = (gaussian_nll, linear_gaussian_nll)
 
-# What runs on a GPU where Triton and a compiled CUDA kernel both exist: the measured faster.
-PREFERRED_ON_GPU = dict.fromkeys((loss.name for loss in LOSSES), "triton")
 
-extension: ModuleType | None
-try:
-    from . import _C as extension
-except ModuleNotFoundError:  # built without a compiler or with MTKD_NO_EXTENSION=1
-    extension = None
+
+def _load_extension() -> ModuleType | None:
+    """Register the compiled kernels, if they were built; a build that does not load is an error."""
+    if os.environ.get("MTKD_NO_EXTENSION", "0") not in ("", "0"):
+        return None
+    if find_spec("._C", __package__) is None:
+        return None
+    return import_module("._C", __package__)
+
+
+extension = _load_extension()

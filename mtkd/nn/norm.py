@@ -1,52 +1,65 @@
 """Running mean and standard deviation of every teacher's columns."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..functional.checks import check_dims, check_shape, check_tensor
+from ..functional.checks import check_tensor
 from ..reference.columns import accumulate_dtype, expand_columns, segment_sum
+from .teachers import Teachers, Tensors, check_mask
+
+_Tensors = TypeVar("_Tensors", bound=Tensors)
+_BLOCK = 1 << 21  # numbers that `update` turns into float64 at a time
 
 
 class TeacherNorm(nn.Module):
-    r"""Standardise teachers: ``(target - shift) * scale``, by statistics of all targets seen.
+    r"""Standardise every column of the teachers by the statistics of all targets seen.
 
-    In training mode a call first merges its batch into the statistics, exactly (count, mean and
-    sum of squared deviations, in float64), then standardises with them; in evaluation mode it
-    only standardises. Raw targets make likelihoods and bounds depend on the teachers' units.
+    .. math:: \frac{t - \text{shift}}{1 / \text{scale}}, \quad \text{shift} = \mathrm{mean}(t),
+        \quad \text{scale} = 1 / \sqrt{\mathrm{var}(t) + \text{eps}}
 
-    .. math:: \text{shift} = \mathrm{mean}(t), \quad
-        \text{scale} = 1 / \sqrt{\mathrm{var}(t) + \text{eps}}
+    In training mode a call first merges its batch into the statistics, then standardises with
+    them; in evaluation mode it standardises only. Raw targets would make a likelihood depend on
+    the teachers' units.
 
     Args:
-        dims: the width of each teacher.
-        eps: keeps the scale of a constant column finite.
+        dims: the width of each teacher, or a mapping name -> width.
+        eps: added to the variances: a constant column gets the scale ``1 / sqrt(eps)``.
 
     Shape:
-        - target: ``(*, D)`` with ``D = sum(dims)``; mask: ``(*, T)`` bool, True counts.
-        - Returns ``(*, D)`` in float32, or float64 for float64 targets. Buffers `shift` and
-          `scale` are ``(D,)`` and saved with the model.
+        - target: ``(*, D)`` with ``D = sum(dims)``, or ``(*, D_t)`` a teacher in a sequence or,
+          when `dims` is a mapping, a mapping by name; mask ``(*, T)`` bool, True counts.
+        - Returns tensors of the same shapes, in the same structure.
+        - Buffers `shift` and `scale`: ``(D,)``.
+
+    Returns:
+        float32, or float64 for a float64 target: 0 mean and variance 1 for what has been seen.
 
     Raises:
-        ValueError: widths or shapes that do not fit.
-        TypeError: not a floating-point tensor.
+        ValueError: widths, shapes or devices that do not fit.
+        TypeError: not a floating-point tensor, a mask that is not bool.
 
     Note:
-        Masked entries, and entries of a row and teacher that hold a NaN or an infinity, do not
-        enter the statistics. Nothing is synchronised with the host.
+        The statistics are exact for any split into batches: the count, the mean and the sum of
+        squared deviations, merged in float64; ``module.to(dtype)`` leaves them as they are.
+        Masked entries, and a teacher's row with a NaN or an infinity, stay out of them, whatever
+        they hold. Nothing synchronises with the host. Variances divide by the count.
 
     Source:
-        Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
-        Variances", 1979: the merging of statistics.
+        Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+        Variances", 1979.
 
     Example:
         >>> import torch
-        >>> norm = TeacherNorm((3, 5))
-        >>> target = 7 + 2 * torch.randn(1000, 8)
-        >>> standard = norm(target)
-        >>> bool(standard.mean().abs() < 1e-3), bool((standard.std() - 1).abs() < 1e-2)
-        (True, True)
+        >>> from mtkd.nn import TeacherNorm
+        >>> norm = TeacherNorm((1, 2))
+        >>> norm(torch.tensor([[1.0, 0.0, 5.0], [3.0, 4.0, 5.0]]))
+        tensor([[-1., -1.,  0.],
+                [ 1.,  1.,  0.]])
+        >>> norm.eval()(torch.tensor([2.0, 2.0, 5.0]))
+        tensor([0., 0., 0.])
     """
 
     shift: Tensor
@@ -55,50 +68,76 @@ class TeacherNorm(nn.Module):
     mean: Tensor
     deviations: Tensor
 
-    def __init__(self, dims: Sequence[int], *, eps: float = 1e-5) -> None:
+    def __init__(self, dims: Sequence[int] | Mapping[str, int], *, eps: float = 1e-8) -> None:
         super().__init__()
-        self.dims = check_dims(dims, sum(dims), "target")
-        self.eps = eps
-        width = sum(self.dims)
+        if not eps > 0:
+            raise ValueError(f"eps: expected a positive number, got {eps}")
+        self.teachers, self.eps = Teachers.of(dims), eps
+        width, teachers = sum(self.teachers.dims), len(self.teachers.dims)
         self.register_buffer("shift", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
-        self.register_buffer("count", torch.zeros(len(self.dims), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros(teachers, dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(width, dtype=torch.float64))
         self.register_buffer("deviations", torch.zeros(width, dtype=torch.float64))
 
-    def forward(self, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, target: _Tensors, mask: Tensor | None = None) -> _Tensors:
         """Return the standardised target; in training mode, learn from it first."""
-        check_tensor("target", target, self.shift.device)
-        check_shape("target", target, (*target.shape[:-1], self.shift.numel()))
-        if mask is not None:
-            check_shape("mask", mask, (*target.shape[:-1], len(self.dims)))
         if self.training:
             self.update(target, mask)
-        dtype = accumulate_dtype(target)
-        return (target.to(dtype) - self.shift.to(dtype)) * self.scale.to(dtype)
+
+        def standardise(tensor: Tensor, _: slice, columns: slice) -> Tensor:
+            check_tensor("target", tensor, self.shift.device)
+            dtype = accumulate_dtype(tensor)
+            return (tensor.to(dtype) - self.shift[columns].to(dtype)) * self.scale[columns].to(
+                dtype
+            )
+
+        return self.teachers.map(standardise, "target", target)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def update(self, target: Tensor, mask: Tensor | None = None) -> None:
-        """Merge a batch's statistics into the running ones."""
-        rows = target.reshape(-1, target.shape[-1]).to(self.mean.dtype)
-        counted = segment_sum((~rows.isfinite()).to(rows.dtype), self.dims) == 0
-        if mask is not None:
-            counted = counted & mask.reshape(-1, len(self.dims))
-        columns = expand_columns(counted, self.dims)
-        count = counted.sum(0).to(rows.dtype)
-        total, per_column = self.count + count, expand_columns(count, self.dims)
-        mean = torch.where(columns, rows, 0.0).sum(0) / per_column.clamp(min=1.0)
-        deviations = torch.where(columns, rows - mean, 0.0).square().sum(0)
-        step, all_columns = mean - self.mean, expand_columns(total, self.dims).clamp(min=1.0)
-        before = expand_columns(self.count, self.dims)
-        self.deviations += deviations + step.square() * before * per_column / all_columns
-        self.mean += step * per_column / all_columns
-        self.count.copy_(total)
-        seen = expand_columns(total, self.dims) > 0
-        variance = self.deviations / all_columns
+    def update(self, target: Tensors, mask: Tensor | None = None) -> None:
+        """Merge a batch into the statistics."""
+
+        def merge(tensor: Tensor, teachers: slice, columns: slice) -> Tensor:
+            check_tensor("target", tensor, self.shift.device)
+            check_mask(mask, (*tensor.shape[:-1], len(self.teachers.dims)))
+            rows = tensor.reshape(-1, tensor.shape[-1])
+            counted = None if mask is None else mask[..., teachers].reshape(rows.shape[0], -1)
+            size = max(1, _BLOCK // rows.shape[1])
+            for start in range(0, rows.shape[0], size):
+                part = None if counted is None else counted[start : start + size]
+                self._merge(rows[start : start + size].double(), part, teachers, columns)
+            return tensor
+
+        self.teachers.map(merge, "target", target)
+        seen = expand_columns(self.count, self.teachers.dims)
+        variance = self.deviations / seen.clamp(min=1)
         self.shift.copy_(self.mean)
-        self.scale.copy_(torch.where(seen, torch.rsqrt(variance + self.eps), 1.0))
+        self.scale.copy_(torch.where(seen > 0, torch.rsqrt(variance + self.eps), 1.0))
+
+    def _merge(self, rows: Tensor, mask: Tensor | None, teachers: slice, columns: slice) -> None:
+        dims = self.teachers.dims[teachers]
+        counted = segment_sum(rows.isfinite().logical_not().double(), dims) == 0
+        if mask is not None:
+            counted = counted & mask
+        spread, count = expand_columns(counted, dims), counted.sum(0)
+        old, new = expand_columns(self.count[teachers], dims), expand_columns(count, dims)
+        mean = torch.where(spread, rows, 0.0).sum(0) / new.clamp(min=1)
+        deviations = torch.where(spread, rows - mean, 0.0).square().sum(0)
+        step, share = mean - self.mean[columns], new / (old + new).clamp(min=1)
+        self.deviations[columns] += deviations + step.square() * old * share
+        self.mean[columns] += step * share
+        self.count[teachers] += count
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "TeacherNorm":
+        """Follow a change of device but not of dtype, which would spoil the statistics."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype != before[name].dtype:
+                setattr(self, name, before[name].to(buffer.device))
+        return self
 
     def extra_repr(self) -> str:
         """Describe the teachers."""
-        return f"teachers={len(self.dims)}, width={sum(self.dims)}, eps={self.eps}"
+        return f"teachers={len(self.teachers.dims)}, width={self.shift.numel()}, eps={self.eps}"

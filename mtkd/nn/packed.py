@@ -1,5 +1,6 @@
-"""Packed parameters with a teacher's own names in the state dict."""
+"""Packed parameters whose parts have a teacher's own names in the state dict."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,49 +17,54 @@ class Piece(NamedTuple):
 
 
 class PackedModule(nn.Module):
-    """A module whose state dict names parts of its parameters, as `pieces` lists them.
+    """A module whose state dict holds parts of its parameters, as `pieces` lists them.
 
     Teachers are found by name, so their order may differ between what is saved and what loads.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(_split)
+        self.register_load_state_dict_pre_hook(_join)  # type: ignore[no-untyped-call]
 
     def pieces(self) -> Iterator[Piece]:
         """Yield every part of every parameter, once."""
         raise NotImplementedError
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        for name, parameter, index in self.pieces():
-            part = self.get_parameter(parameter)[index]
-            destination[prefix + name] = part if keep_vars else part.detach()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        known = set()
-        for name, parameter, index in self.pieces():
-            key = prefix + name
-            known.add(key)
-            if key not in state_dict:
-                missing_keys.append(key)
-                continue
-            message = self._load_piece(parameter, index, state_dict[key])
-            if message:
-                error_msgs.append(f"{key}: {message}")
-        if strict:
-            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
+def _split(module: PackedModule, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    packed = {name: state_dict.pop(prefix + name) for name, _ in module.named_parameters()}
+    for name, parameter, index in module.pieces():
+        state_dict[prefix + name] = packed[parameter][index]
 
-    @torch.no_grad()
-    def _load_piece(self, parameter: str, index: tuple[Any, ...], value: Tensor) -> str | None:
-        part = self.get_parameter(parameter)[index]
-        if part.shape != value.shape:
-            return f"expected shape {tuple(part.shape)}, got shape {tuple(value.shape)}"
-        part.copy_(value)
-        return None
+
+def _join(
+    module: PackedModule,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    pieces: dict[str, list[Piece]] = defaultdict(list)
+    for piece in module.pieces():
+        pieces[piece.parameter].append(piece)
+    for name, parts in pieces.items():
+        parameter, found = module.get_parameter(name).detach(), []
+        for key, _, index in parts:
+            value, shape = state_dict.pop(prefix + key, None), parameter[index].shape
+            if value is None:
+                missing_keys.append(prefix + key)
+            elif not isinstance(value, Tensor) or value.shape != shape:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                error_msgs.append(f"{prefix}{key}: expected shape {tuple(shape)}, got {got}")
+            else:
+                found.append((index, value))
+        joined = parameter.clone()  # what is missing keeps its value
+        if len(found) == len(parts):  # dtype and device of what loads: assign=True wants them
+            joined = torch.empty_like(parameter, dtype=value.dtype, device=value.device)
+        for index, value in found:
+            joined[index] = value
+        state_dict[prefix + name] = joined

@@ -1,0 +1,3 @@
+"""The compiled extension: importing it registers the kernels."""
+
+def build_info() -> dict[str, int | str | list[str] | None]: ...

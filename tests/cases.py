@@ -1,0 +1,118 @@
+"""The table of cases: one line a loss and configuration; generic tests run over all of them.
+
+A case makes an operator's arguments, mask and dims first, in any dtype. Sizes are ragged, above
+one block of 1024 columns, and on both sides of what kernels treat as a short teacher.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mtkd import ops
+from mtkd.dispatch import Loss
+
+Arguments = tuple[Any, ...]
+TINY = (3, 1, 2)
+RAGGED = (1500, 1, 17, 96, 97, 5)
+MANY = (16,) * 130
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss in one configuration."""
+
+    name: str
+    loss: Loss
+    make: Callable[..., Arguments]
+    dims: tuple[int, ...]
+    rows: int
+    options: dict[str, Any] = field(default_factory=dict)
+    float32_factor: float = 1  # how far past the usual float32 tolerance its conditioning goes
+
+    def __str__(self) -> str:
+        return self.name
+
+    def arguments(self, dtype: torch.dtype, seed: int = 0) -> Arguments:
+        """Random arguments; the same numbers, rounded, for every dtype."""
+        generator = torch.Generator().manual_seed(seed)
+        return self.make(generator, self.rows, self.dims, dtype, **self.options)
+
+
+def _normal(generator: torch.Generator, dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Any:
+    numbers = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+    return numbers.to(dtype)
+
+
+def _mask(generator: torch.Generator, rows: int, teachers: int, masked: bool) -> Any:
+    mask = torch.rand(rows, teachers, generator=generator) > 0.3
+    return mask if masked else None
+
+
+def gaussian(
+    generator: torch.Generator,
+    rows: int,
+    dims: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    modes: int = 0,
+    masked: bool = False,
+    bound: float | None = None,
+    per_dim: bool = True,
+    full: bool = False,
+) -> Arguments:
+    """Arguments of gaussian_nll; modes=0 has no mode logits."""
+    width, inner = sum(dims), (modes,) if modes else ()
+    mean = _normal(generator, dtype, rows, *inner, width)
+    log_std = _normal(generator, dtype, rows, *inner, width, scale=0.4)
+    target = _normal(generator, dtype, rows, width)
+    logits = _normal(generator, dtype, rows, modes, len(dims)) if modes else None
+    mask = _mask(generator, rows, len(dims), masked)
+    return mask, dims, mean, log_std, target, logits, bound, per_dim, full
+
+
+def linear_gaussian(
+    generator: torch.Generator,
+    rows: int,
+    dims: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    features: int = 11,
+    modes: int = 0,
+    bias: bool = True,
+    masked: bool = False,
+    bound: float | None = 1.0,
+    workspace: int = 1 << 20,
+) -> Arguments:
+    """Arguments of linear_gaussian_nll; modes=0 has no mode weights."""
+    width, inner = sum(dims), (modes,) if modes else ()
+    input = _normal(generator, dtype, rows, features)
+    weight = _normal(generator, dtype, 2, *inner, width, features, scale=0.2)
+    offset = _normal(generator, dtype, 2, *inner, width, scale=0.2) if bias else None
+    mode_weight = _normal(generator, dtype, modes, len(dims), features) if modes else None
+    mode_bias = _normal(generator, dtype, modes, len(dims)) if modes and bias else None
+    target = _normal(generator, dtype, rows, width)
+    mask = _mask(generator, rows, len(dims), masked)
+    layers = (input, weight, offset, mode_weight, mode_bias, target)
+    return mask, dims, *layers, bound, True, False, workspace, False
+
+
+G, L = ops.gaussian_nll, ops.linear_gaussian_nll
+# a posterior's relative error is that of energies ~ D_t: eps * 1500 columns in float32
+POSTERIOR = 100
+CASES = (
+    Case("gaussian-tiny", G, gaussian, TINY, 5),
+    Case("gaussian-ragged", G, gaussian, RAGGED, 37, {"masked": True, "full": True}),
+    Case("gaussian-bound", G, gaussian, RAGGED, 9, {"bound": 1.5, "per_dim": False}),
+    Case("gaussian-many", G, gaussian, MANY, 33, {"masked": True, "bound": 1.0}),
+    Case("gaussian-one", G, gaussian, (5000,), 1),
+    Case("mixture-tiny", G, gaussian, TINY, 5, {"modes": 3, "full": True}),
+    Case("mixture-ragged", G, gaussian, RAGGED, 7, {"modes": 2, "masked": True}, POSTERIOR),
+    Case("mixture-single", G, gaussian, (4, 6), 8, {"modes": 1, "bound": 2.0}),
+    Case("linear-tiny", L, linear_gaussian, TINY, 5),
+    Case("linear-ragged", L, linear_gaussian, RAGGED, 70, {"masked": True, "workspace": 100_000}),
+    Case("linear-rows", L, linear_gaussian, (30, 70), 4500, {"bias": False, "workspace": 3 << 20}),
+    Case("linear-mixture", L, linear_gaussian, (40, 9, 2), 300, {"modes": 3, "workspace": 200_000}),
+)
+TINY_CASES = tuple(case for case in CASES if sum(case.dims) <= 10)

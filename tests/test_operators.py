@@ -1,0 +1,99 @@
+"""Every loss x implementation x dtype against the float64 formula: values and gradients."""
+
+import pytest
+import torch
+from cases import CASES, TINY_CASES
+from implementations import DTYPES, IMPLEMENTATIONS
+
+from mtkd.testing import assert_close, cast, poisoned_memory
+
+DOUBLE = torch.float64
+
+
+def wanted(case, args):
+    return [args[position] is not None for position in case.loss.differentiable]
+
+
+def coefficient(case, dtype):
+    generator = torch.Generator().manual_seed(7)
+    numbers = torch.rand(case.rows, len(case.dims), generator=generator, dtype=DOUBLE) - 0.3
+    return (numbers * max(case.dims)).to(dtype)  # keeps float16 gradients above its subnormals
+
+
+def accumulate(dtype):
+    return DOUBLE if dtype == DOUBLE else torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(case, implementation, dtype):
+    args, loss = case.arguments(dtype), case.loss
+    exact = cast(args, DOUBLE)  # the same rounded numbers
+    c = coefficient(case, accumulate(dtype))
+    masks = wanted(case, args)
+    expected = loss.formulas.matrix(*exact)
+    gradients = loss.formulas.gradient(c.double(), *exact)
+    with poisoned_memory():
+        matrix, saved = implementation(loss, "forward")(*args)
+        backward = implementation(loss, "backward")(c, saved, *args, masks)
+        both = implementation(loss, "value_and_grad")(c, *args, masks)
+    factor = case.float32_factor if dtype in (DOUBLE, torch.float32) else 1
+    for value in (matrix, both[0]):
+        assert value.dtype == accumulate(dtype)
+        assert_close(value, expected, accumulate(dtype))
+    for got in (backward, both[1:]):
+        for grad, want, position in zip(got, gradients, loss.differentiable, strict=True):
+            if args[position] is None:
+                assert grad.numel() == 0
+                continue
+            assert grad.dtype == dtype
+            assert grad.shape == args[position].shape
+            assert_close(grad, want, dtype, factor)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", [c for c in CASES if not c.name.startswith("linear")], ids=str)
+def test_in_place_form_overwrites_the_arguments(case, implementation):
+    args, loss = case.arguments(torch.float32), case.loss
+    c = coefficient(case, torch.float32)
+    matrix, *gradients = implementation(loss, "value_and_grad")(c, *args, wanted(case, args))
+    copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+    assert torch.equal(implementation(loss, "value_and_grad_")(c, *copies), matrix)
+    for grad, position in zip(gradients, loss.differentiable, strict=True):
+        if args[position] is not None:
+            assert torch.equal(copies[position], grad)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_unwanted_gradients_are_left_out(case):
+    args, loss = case.arguments(torch.float32), case.loss
+    c, everything = coefficient(case, torch.float32), wanted(case, args)
+    _, *all_gradients = loss.value_and_grad(c, *args, everything)
+    for index in range(len(everything)):
+        mask = [i == index and everything[i] for i in range(len(everything))]
+        _, *gradients = loss.value_and_grad(c, *args, mask)
+        for grad, full, want in zip(gradients, all_gradients, mask, strict=True):
+            if want:
+                assert torch.equal(grad, full)
+            else:
+                assert grad.numel() == 0
+
+
+@pytest.mark.parametrize("case", TINY_CASES, ids=str)
+def test_opcheck(case):
+    args, loss = case.arguments(DOUBLE), case.loss
+    c, masks = coefficient(case, DOUBLE), wanted(case, args)
+    trained = tuple(
+        x.requires_grad_() if i in loss.differentiable and x is not None else x
+        for i, x in enumerate(args)
+    )
+    plain = cast(args, DOUBLE)
+    saved = loss.forward(*plain)[1]
+    operators = (getattr(torch.ops.mtkd, name).default for name in loss.operators)
+    forward, backward, value_and_grad, in_place, weighted_sum = operators
+    torch.library.opcheck(forward, trained)
+    torch.library.opcheck(backward, (c, saved, *trained, masks))
+    torch.library.opcheck(value_and_grad, (c, *plain, masks))
+    torch.library.opcheck(in_place, (c, *(x.clone() if hasattr(x, "clone") else x for x in plain)))
+    torch.library.opcheck(weighted_sum, (c, *trained))
