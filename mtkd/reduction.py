@@ -104,12 +104,12 @@ def coefficients(
     counted = _weigh(counted.expand(shape), None, mask)
     if reduction == "sum":
         return counted
-    # a float32 sum of many weights loses digits that the gradient to the weights needs
-    total = counted.sum(dtype=torch.float64) if denominator is None else denominator
+    # contiguous, since torch sums an expanded tensor's float32 numbers one by one
+    total = counted.contiguous().sum() if denominator is None else denominator
     if not isinstance(total, Tensor):
         return counted * (1.0 / total if total else 0.0)
-    inverse = torch.where(total == 0, 0.0, 1.0 / torch.where(total == 0, 1.0, total))
-    return counted * inverse.to(dtype)
+    total = total.to(dtype)
+    return counted * torch.where(total == 0, 0.0, 1.0 / torch.where(total == 0, 1.0, total))
 
 
 def split_columns(matrix: Tensor | None, counts: Sequence[int]) -> Sequence[Tensor | None]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mtkd.demo.__main__ import main
 from mtkd.demo.experiment import Outcome
 from mtkd.demo.probes import PROBES, ink_shape, probe
-from mtkd.demo.report import TITLES, collect, verdict
+from mtkd.demo.report import TITLES, collect, spread, table, verdict
 from mtkd.demo.students import LOSSES, make_heads, student
 from mtkd.demo.teachers import TEACHERS
 
@@ -77,13 +77,29 @@ def test_heads_have_the_same_capacity(loss):
     assert all(p.grad is not None for p in heads.parameters())
 
 
-def test_verdict_says_where_the_gaussian_loss_loses():
+def outcome(**changes):
     rows = {name: dict.fromkeys(PROBES, 0.5) for name in [*TEACHERS, *TITLES]}
-    rows["mse"] = {**rows["mse"], "knn": 0.7}
-    rows["cosine"] = {**rows["cosine"], "nmi": 0.2}
-    text = verdict(collect([Outcome(scores=rows)]))
-    assert "wins on nmi against cosine (+0.300" in text
-    assert "loses on knn against mse (-0.200" in text
+    for name, change in changes.items():
+        rows[name] |= change
+    return Outcome(scores=rows)
+
+
+def test_verdict_says_where_the_gaussian_loss_loses():
+    gaps = [(0.19, 0.03), (0.21, -0.02)]  # beyond two standard errors on knn, within on linear
+    outcomes = [outcome(mse={"knn": 0.5 + a, "linear": 0.5 + b}) for a, b in gaps]
+    ahead, behind, equal = verdict(collect(outcomes)).splitlines()[1:4]
+    assert ahead == "  ahead on nothing;"
+    assert "linear against mse (-0.005 ± 0.025), knn against mse (-0.200 ± 0.010, clear)" in behind
+    assert "nmi against cosine (+0.000 ± 0.000)" in equal
+
+
+def test_one_seed_has_no_spread():
+    scores = collect([outcome(cosine={"nmi": 0.2})])
+    assert spread(scores["gaussian"]["nmi"]) is None
+    assert "±" not in table(scores, dict.fromkeys(TEACHERS, 9), 32)
+    text = verdict(scores)
+    assert "one seed, so none of this is evidence" in text
+    assert "ahead on nmi against cosine (+0.300)" in text
 
 
 def test_quick_run_writes_everything(tmp_path, capsys):

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from safetensors.torch import save_file
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore  # comes with scikit-learn, untyped
 from tqdm import tqdm
 
 from .experiment import Outcome, Settings, run_seed, steps

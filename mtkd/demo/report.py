@@ -63,35 +63,40 @@ def table(scores: dict[str, dict[str, Array]], dims: dict[str, int], width: int)
 
 
 def verdict(scores: dict[str, dict[str, Array]]) -> str:
-    """Where the Gaussian loss wins and loses against the others, by paired differences.
+    """Where the Gaussian loss is ahead of the others and where behind, by paired differences.
 
-    A difference counts when its mean over seeds exceeds two standard errors. One seed has no
-    standard error: then every difference is listed, and the text says so.
+    Every difference is listed by its sign, so that no loss hides behind a threshold; "clear" marks
+    those beyond two standard errors over seeds. One seed has no standard error, and none is clear.
     """
     ours = scores["gaussian"]
-    words: dict[str, list[str]] = {"wins": [], "loses": [], "ties": []}
+    words: dict[str, list[str]] = {"ahead": [], "behind": [], "equal": []}
     for key in PROBES:
         for other in LOSSES[1:]:
             gap = ours[key] - scores[other][key]
-            error = (spread(gap) or 0.0) / len(gap) ** 0.5
-            result = (
-                "ties" if abs(gap.mean()) <= 2 * error else "wins" if gap.mean() > 0 else "loses"
-            )
-            size = f"{gap.mean():+.3f}" + (f" ± {error:.3f}" if len(gap) > 1 else "")
-            words[result].append(f"{key} against {other} ({size})")
-    rule = f"paired over {len(ours['linear'])} seeds, ± standard error; a tie is within two of them"
-    if len(ours["linear"]) == 1:
-        rule = "one seed, so none of this is evidence yet"
+            side = "ahead" if gap.mean() > 0 else "behind" if gap.mean() < 0 else "equal"
+            words[side].append(f"{key} against {other} ({_difference(gap)})")
+    seeds = len(ours["linear"])
+    rule = "one seed, so none of this is evidence yet"
+    if seeds > 1:
+        rule = f"mean of {seeds} paired seeds ± standard error; clear: beyond two of them"
     passed = [
         f"{sum(ours[key].mean() > scores[name][key].mean() for name in TEACHERS)} on {key}"
         for key in PROBES
     ]
     lines = [f"  {word} on {', '.join(items) or 'nothing'}" for word, items in words.items()]
     return (
-        f"The Gaussian loss ({rule})\n"
+        f"The Gaussian loss ({rule}) is\n"
         + ";\n".join(lines)
         + f".\nOf {len(TEACHERS)} teachers its student passes {', '.join(passed)}."
     )
+
+
+def _difference(gap: Array) -> str:
+    deviation = spread(gap)
+    if deviation is None:
+        return f"{gap.mean():+.3f}"
+    error = deviation / len(gap) ** 0.5
+    return f"{gap.mean():+.3f} ± {error:.3f}" + (", clear" if abs(gap.mean()) > 2 * error else "")
 
 
 def write_json(path: Path, settings: Settings, outcomes: Sequence[Outcome], seconds: float) -> None:

@@ -103,10 +103,10 @@ def gaussian_nll(
     check_bound(bound)
     groups = group_teachers(dims, mean=mean, log_std=log_std, target=target)
     inner = 1 if mode_logits is None else 2
-    leading, modes = _leading(groups[0], inner)
+    leading = _leading(groups[0], mode_logits)
     calls = join_small([_row_arguments(group, leading, inner) for group in groups])
     counts = [len(call[0]) for call in calls]
-    logits = _mode_logits(mode_logits, (*leading, modes, sum(counts)), calls[0][1].device)
+    logits = _mode_logits(mode_logits, sum(counts), calls[0][1].device)
     return reduce(
         ops.gaussian_nll,
         [
@@ -124,14 +124,21 @@ def gaussian_nll(
     )
 
 
-def _leading(group: Group, inner: int) -> tuple[torch.Size, int]:
-    """Return the leading dimensions of the means, and how many modes they have."""
-    (mean, _, _), suffix = group.tensors, group.suffix
-    check_tensor(f"mean{suffix}", mean)
-    if mean.dim() < inner:
-        shape = "(*, D)" if inner == 1 else "(*, M, D), since mode_logits are given"
-        raise ValueError(f"mean{suffix}: expected shape {shape}, got shape {tuple(mean.shape)}")
-    return mean.shape[:-inner], 1 if inner == 1 else mean.shape[-2]
+def _leading(group: Group, mode_logits: Any) -> torch.Size:
+    """Return the leading dimensions of the means, which with modes those of the logits decide."""
+    name, mean = f"mean{group.suffix}", group.tensors[0]
+    check_tensor(name, mean)
+    if mean.dim() < 1:
+        raise ValueError(f"{name}: expected shape (*, D), got a 0-dim tensor")
+    if mode_logits is None:
+        return mean.shape[:-1]
+    check_tensor("mode_logits", mode_logits)
+    if mode_logits.dim() < 2:
+        raise ValueError(
+            f"mode_logits: expected shape (*, M, T), got shape {tuple(mode_logits.shape)}"
+        )
+    check_shape(name, mean, (*mode_logits.shape[:-1], mean.shape[-1]))
+    return mean.shape[:-2]
 
 
 def _row_arguments(group: Group, leading: torch.Size, inner: int) -> tuple[Any, ...]:
@@ -152,13 +159,13 @@ def _row_arguments(group: Group, leading: torch.Size, inner: int) -> tuple[Any, 
 
 
 def _mode_logits(
-    mode_logits: Tensor | None, shape: tuple[int, ...], device: torch.device
+    mode_logits: Tensor | None, teachers: int, device: torch.device
 ) -> Tensor | None:
     if mode_logits is None:
         return None
     check_tensor("mode_logits", mode_logits, device)
-    check_shape("mode_logits", mode_logits, shape)
-    return mode_logits.reshape(-1, *shape[-2:])
+    check_shape("mode_logits", mode_logits, (*mode_logits.shape[:-1], teachers))
+    return mode_logits.reshape(-1, *mode_logits.shape[-2:])
 
 
 def linear_gaussian_nll(

@@ -200,5 +200,6 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``(*, *weight.shape[:-1])`` in the dtype of the loss."""
     dtype = accumulate_dtype(x, weight)
     bias = None if bias is None else bias.flatten().to(dtype)
-    out = functional.linear(x.to(dtype), weight.flatten(0, -2).to(dtype), bias)
-    return out.unflatten(-1, weight.shape[:-1]).to(dtype)  # autocast may have made less of it
+    out: Tensor = functional.linear(x.to(dtype), weight.flatten(0, -2).to(dtype), bias)
+    out = out.unflatten(-1, weight.shape[:-1])
+    return out.to(dtype)  # autocast may have made less of it

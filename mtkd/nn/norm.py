@@ -100,7 +100,7 @@ class TeacherNorm(nn.Module):
 
         def merge(tensor: Tensor, teachers: slice, columns: slice) -> Tensor:
             check_tensor("target", tensor, self.shift.device)
-            check_mask(mask, (*tensor.shape[:-1], len(self.teachers.dims)))
+            check_mask(mask, (*tensor.shape[:-1], len(self.teachers.dims)), self.shift.device)
             rows = tensor.reshape(-1, tensor.shape[-1])
             counted = None if mask is None else mask[..., teachers].reshape(rows.shape[0], -1)
             size = max(1, _BLOCK // rows.shape[1])

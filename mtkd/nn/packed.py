@@ -13,7 +13,7 @@ class Piece(NamedTuple):
 
     name: str  # in the state dict
     parameter: str  # attribute of the module
-    index: tuple[Any, ...]  # of the part in the parameter
+    where: tuple[Any, ...]  # its index in the parameter
 
 
 class PackedModule(nn.Module):
@@ -24,7 +24,7 @@ class PackedModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_state_dict_post_hook(_split)
+        self.register_state_dict_post_hook(_split)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_join)  # type: ignore[no-untyped-call]
 
     def pieces(self) -> Iterator[Piece]:

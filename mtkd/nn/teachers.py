@@ -73,15 +73,14 @@ class Teachers(NamedTuple):
             teachers, columns = slice(teacher, teacher + 1), slice(start, start + width)
             results.append(function(tensor, teachers, columns))
             start += width
-        return dict(zip(self.names, results, strict=True)) if is_mapping(argument) else results
+        return (
+            dict(zip(self.names, results, strict=True))
+            if isinstance(argument, Mapping)
+            else results
+        )
 
 
-def is_mapping(argument: Any) -> bool:
-    """Whether an argument holds tensors by teachers' names."""
-    return isinstance(argument, Mapping)
-
-
-def check_mask(mask: Any, shape: Sequence[int]) -> None:
+def check_mask(mask: Any, shape: Sequence[int], device: torch.device) -> None:
     """Raise unless `mask` is a bool tensor ``(*, T)``, or None."""
     if mask is None:
         return
@@ -89,3 +88,5 @@ def check_mask(mask: Any, shape: Sequence[int]) -> None:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask: expected a bool tensor (True counts), got {got}")
     check_shape("mask", mask, shape)
+    if mask.device != device:
+        raise ValueError(f"mask: expected device {device}, got {mask.device}")

@@ -1,0 +1,134 @@
+"""Derivatives through autograd: every subset, any upstream, any order, retained graphs."""
+
+import itertools
+
+import pytest
+import torch
+from cases import CASES, TINY_CASES
+
+from mtkd.testing import assert_close, relative_error
+
+DOUBLE = torch.float64
+BY_NAME = {case.name: case for case in CASES}
+SMALL = [BY_NAME[name] for name in ("gaussian-tiny", "mixture-tiny", "linear-tiny")]
+
+
+def leaves_of(case, args):
+    return [i for i in case.loss.differentiable if args[i] is not None]
+
+
+def with_leaves(args, positions, leaves):
+    replaced = dict(zip(positions, leaves, strict=True))
+    return [replaced.get(i, x) for i, x in enumerate(args)]
+
+
+def coefficient(case, dtype=DOUBLE):
+    numbers = torch.rand(case.rows, len(case.dims), generator=torch.Generator().manual_seed(3))
+    return numbers.to(dtype)
+
+
+@pytest.mark.parametrize("case", TINY_CASES, ids=str)
+def test_gradcheck_of_matrix_and_sum(case):
+    args = case.arguments(DOUBLE)
+    positions = leaves_of(case, args)
+    leaves = [args[i].clone().requires_grad_() for i in positions]
+
+    def matrix(*leaves):
+        return case.loss.forward(*with_leaves(args, positions, leaves))[0]
+
+    def weighted_sum(c, *leaves):
+        return 1.5 * case.loss.sum(c, *with_leaves(args, positions, leaves))
+
+    assert torch.autograd.gradcheck(matrix, leaves)
+    assert torch.autograd.gradcheck(weighted_sum, [coefficient(case).requires_grad_(), *leaves])
+
+
+@pytest.mark.parametrize("case", TINY_CASES, ids=str)
+def test_second_derivatives(case):
+    args = case.arguments(DOUBLE)
+    positions = leaves_of(case, args)
+    leaves = [args[i].clone().requires_grad_() for i in positions]
+
+    def matrix(*leaves):
+        return case.loss.forward(*with_leaves(args, positions, leaves))[0]
+
+    def weighted_sum(c, *leaves):
+        return case.loss.sum(c, *with_leaves(args, positions, leaves))
+
+    fast = {"fast_mode": True}
+    assert torch.autograd.gradgradcheck(matrix, leaves, **fast)
+    c = coefficient(case).requires_grad_()
+    assert torch.autograd.gradgradcheck(weighted_sum, [c, *leaves], **fast)
+
+
+@pytest.mark.parametrize("role", ["matrix", "sum"])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_every_subset_of_requires_grad(case, role):
+    args = case.arguments(DOUBLE)
+    positions = leaves_of(case, args)
+    c = coefficient(case)
+    expected = dict(zip(case.loss.differentiable, case.loss.formulas.gradient(c, *args), strict=True))
+    for trained in itertools.product((False, True), repeat=len(positions)):
+        leaves = [args[i].clone().requires_grad_(on) for i, on in zip(positions, trained, strict=True)]
+        now = with_leaves(args, positions, leaves)
+        value = case.loss.sum(c, *now) if role == "sum" else (c * case.loss.forward(*now)[0]).sum()
+        assert value.requires_grad == any(trained)
+        if any(trained):
+            value.backward()
+        for position, leaf, on in zip(positions, leaves, trained, strict=True):
+            assert (leaf.grad is not None) == on
+            if on:
+                assert_close(leaf.grad, expected[position], DOUBLE)
+
+
+@pytest.mark.parametrize("role", ["matrix", "sum"])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_retained_graph_gives_the_same_gradients_again(case, role):
+    args = case.arguments(torch.float32)
+    positions = leaves_of(case, args)
+    leaves = [args[i].clone().requires_grad_() for i in positions]
+    now, c = with_leaves(args, positions, leaves), coefficient(case, torch.float32)
+    value = case.loss.sum(c, *now) if role == "sum" else (c * case.loss.forward(*now)[0]).sum()
+    value.backward(retain_graph=True)
+    first = [leaf.grad.clone() for leaf in leaves]
+    for times in (2, 3):
+        value.backward(retain_graph=True)
+        for leaf, grad in zip(leaves, first, strict=True):
+            assert_close(leaf.grad, times * grad, torch.float32)
+    assert all(
+        torch.equal(again, grad)
+        for again, grad in zip(torch.autograd.grad(value, leaves), first, strict=True)
+    )
+
+
+@pytest.mark.parametrize("upstream", [0.0, 1.0, -2.5])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_upstream_of_the_sum_scales_gradients(case, upstream):
+    args = case.arguments(DOUBLE)
+    positions = leaves_of(case, args)
+    leaves = [args[i].clone().requires_grad_() for i in positions]
+    c = coefficient(case).requires_grad_()
+    value = case.loss.sum(c, *with_leaves(args, positions, leaves))
+    *gradients, to_c = torch.autograd.grad(value, [*leaves, c], torch.tensor(upstream, dtype=DOUBLE))
+    expected = case.loss.formulas.gradient(upstream * c.detach(), *args)
+    expected = [grad for grad in expected if grad is not None]
+    for grad, want in zip(gradients, expected, strict=True):
+        assert relative_error(grad + 1, want + 1) < 1e-12
+    assert relative_error(to_c + 1, upstream * case.loss.formulas.matrix(*args) + 1) < 1e-12
+
+
+@pytest.mark.parametrize("case", TINY_CASES, ids=str)
+def test_graph_of_the_backward_pass_does_not_use_stored_gradients(case):
+    args = case.arguments(DOUBLE)
+    positions = leaves_of(case, args)
+    leaves = [args[i].clone().requires_grad_() for i in positions]
+    c = coefficient(case).requires_grad_()
+    value = case.loss.sum(c, *with_leaves(args, positions, leaves))
+    gradients = torch.autograd.grad(value, leaves, create_graph=True)
+    penalty = sum(grad.square().sum() for grad in gradients)
+    second = torch.autograd.grad(penalty, [c, *leaves])
+    exact = (c * case.loss.formulas.matrix(*with_leaves(args, positions, leaves))).sum()
+    gradients = torch.autograd.grad(exact, leaves, create_graph=True)
+    penalty = sum(grad.square().sum() for grad in gradients)
+    for got, want in zip(second, torch.autograd.grad(penalty, [c, *leaves]), strict=True):
+        assert_close(got, want, DOUBLE)

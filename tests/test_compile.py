@@ -1,0 +1,120 @@
+"""torch.compile, export, autocast, checkpointing and function transforms."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import mtkd.functional as F
+from mtkd.testing import assert_close, relative_error
+
+DIMS = (3, 100, 1)
+ROWS, FEATURES, WIDTH = 6, 5, sum(DIMS)
+
+
+def row_inputs(dtype=torch.float32):
+    torch.manual_seed(0)
+    mean, log_std = torch.randn(2, ROWS, WIDTH, dtype=dtype).unbind()
+    return mean, 0.3 * log_std, torch.randn(ROWS, WIDTH, dtype=dtype)
+
+
+def linear_inputs(dtype=torch.float32):
+    torch.manual_seed(0)
+    weight = 0.3 * torch.randn(2, WIDTH, FEATURES, dtype=dtype)
+    return torch.randn(ROWS, FEATURES, dtype=dtype), weight, torch.randn(ROWS, WIDTH, dtype=dtype)
+
+
+LOSSES = [
+    pytest.param(F.gaussian_nll, row_inputs, id="gaussian_nll"),
+    pytest.param(F.linear_gaussian_nll, linear_inputs, id="linear_gaussian_nll"),
+]
+
+
+def run(function, inputs, **options):
+    first, second, target = inputs
+    first, second = first.clone().requires_grad_(), second.clone().requires_grad_()
+    value = function(first, second, target, DIMS, **options)
+    weights = torch.linspace(0.5, 2, value.numel()).reshape(value.shape).to(value.dtype)
+    return value.detach(), torch.autograd.grad((weights * value).sum(), (first, second))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(("function", "make"), LOSSES)
+def test_compile_fullgraph(function, make, reduction):
+    torch._dynamo.reset()
+    mask = torch.rand(ROWS, len(DIMS)) > 0.3
+    options = {"bound": 1.0, "mask": mask, "reduction": reduction}
+    value, gradients = run(function, make(), **options)
+    compiled = torch.compile(function, fullgraph=True)
+    compiled_value, compiled_gradients = run(compiled, make(), **options)
+    assert_close(compiled_value, value, torch.float32)
+    for got, want in zip(compiled_gradients, gradients, strict=True):
+        assert_close(got, want, torch.float32)
+
+
+@pytest.mark.parametrize(("function", "make"), LOSSES)
+def test_export(function, make):
+    class Loss(torch.nn.Module):
+        def forward(self, first, second, target):
+            return function(first, second, target, DIMS)
+
+    inputs = make()
+    program = torch.export.export(Loss(), inputs)
+    assert torch.equal(program.module()(*inputs), function(*inputs, DIMS))
+    assert any("mtkd" in str(node.target) for node in program.graph.nodes)
+
+
+def test_autocast_reads_rows_as_they_are():
+    mean, log_std, target = row_inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = F.gaussian_nll(mean, log_std, target, DIMS)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, F.gaussian_nll(mean, log_std, target, DIMS))
+
+
+def test_autocast_casts_the_operands_of_linear_and_nothing_else():
+    x, weight, target = linear_inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, gradients = run(F.linear_gaussian_nll, (x, weight, target))
+    rounded = run(F.linear_gaussian_nll, (x.bfloat16().float(), weight.bfloat16().float(), target))
+    assert inside.dtype == torch.float32
+    assert_close(inside, rounded[0], torch.float32)
+    for got, want in zip(gradients, rounded[1], strict=True):
+        assert got.dtype == torch.float32
+        assert_close(got, want, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("function", "make"), LOSSES)
+def test_checkpointing(function, make):
+    def checkpointed(*args, **options):
+        return checkpoint(function, *args, use_reentrant=False, **options)
+
+    value, gradients = run(function, make())
+    again, recomputed = run(checkpointed, make())
+    assert torch.equal(value, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed, strict=True))
+
+
+@pytest.mark.parametrize(("function", "make"), LOSSES)
+def test_function_transforms_see_the_formula(function, make):
+    first, second, target = make(torch.float64)
+    _, (to_first, _) = run(function, (first, second, target))
+
+    def loss(x):
+        return 0.5 * function(x, second, target, DIMS)
+
+    assert_close(torch.func.grad(loss)(first), to_first, torch.float64)
+    tangent = torch.randn_like(first)
+    _, derivative = torch.func.jvp(loss, (first,), (tangent,))
+    assert_close(derivative, (to_first * tangent).sum(), torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_vmap_over_torchs_fallback():
+    mean, log_std, target = row_inputs()
+    stacked = torch.stack((mean, mean + 1))
+
+    def loss(mean):
+        return F.gaussian_nll(mean, log_std, target, DIMS)
+
+    expected = torch.stack([loss(stacked[0]), loss(stacked[1])])
+    assert relative_error(torch.vmap(loss)(stacked), expected) < 1e-6

@@ -1,0 +1,154 @@
+"""What is special to the Gaussian loss: agreement with torch, strides, extremes."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+import mtkd.functional as F
+from mtkd.testing import assert_close
+
+DOUBLE = torch.float64
+DIMS = (3, 40, 1)
+
+
+def inputs(*leading, modes=0, dtype=DOUBLE):
+    torch.manual_seed(0)
+    inner = (modes,) if modes else ()
+    mean = torch.randn(*leading, *inner, sum(DIMS), dtype=dtype)
+    return mean, 0.5 * torch.randn_like(mean), torch.randn(*leading, sum(DIMS), dtype=dtype)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_equals_torchs_gaussian_nll_loss(full):
+    mean, log_std, target = inputs(6)
+    ours = F.gaussian_nll(mean, log_std, target, full=full)
+    theirs = torch.nn.functional.gaussian_nll_loss(mean, target, (2 * log_std).exp(), full=full)
+    assert_close(ours, theirs, DOUBLE)
+
+
+def test_equals_torchs_normal_distribution():
+    mean, log_std, target = inputs(2, 3)
+    matrix = F.gaussian_nll(
+        mean, log_std, target, DIMS, per_dim=False, full=True, reduction="none"
+    )
+    parts = zip(*(x.split(DIMS, -1) for x in (mean, log_std, target)), strict=True)
+    expected = [-Independent(Normal(m, s.exp()), 1).log_prob(t) for m, s, t in parts]
+    assert_close(matrix, torch.stack(expected, -1), DOUBLE)
+
+
+@pytest.mark.parametrize("bound", [None, 0.7])
+def test_equals_torchs_mixture(bound):
+    mean, log_std, target = inputs(5, modes=4)
+    logits = torch.randn(5, 4, len(DIMS), dtype=DOUBLE)
+    matrix = F.gaussian_nll(
+        mean, log_std, target, DIMS, mode_logits=logits, bound=bound, full=True, reduction="none"
+    )
+    bounded = log_std if bound is None else bound * torch.tanh(log_std / bound)
+    columns = zip(mean.split(DIMS, -1), bounded.split(DIMS, -1), target.split(DIMS, -1), strict=True)
+    for t, (m, s, x) in enumerate(columns):
+        modes = Independent(Normal(m, s.exp()), 1)
+        mixture = MixtureSameFamily(Categorical(logits=logits[..., t]), modes)
+        assert_close(matrix[:, t], -mixture.log_prob(x) / DIMS[t], DOUBLE)
+
+
+def test_a_mixture_of_one_mode_is_the_gaussian():
+    mean, log_std, target = inputs(5)
+    logits = torch.randn(5, 1, len(DIMS), dtype=DOUBLE, requires_grad=True)
+    one = F.gaussian_nll(mean[:, None], log_std[:, None], target, DIMS, mode_logits=logits)
+    assert_close(one, F.gaussian_nll(mean, log_std, target, DIMS), DOUBLE)
+    assert not torch.autograd.grad(one, logits)[0].any()
+
+
+@pytest.mark.parametrize("modes", [0, 2])
+@pytest.mark.parametrize("rows", [6, 2000])
+def test_sequences_equal_packed(rows, modes):
+    mean, log_std, target = (x.requires_grad_(i < 2) for i, x in enumerate(inputs(rows, modes=modes)))
+    logits = torch.randn(rows, modes, len(DIMS), dtype=DOUBLE) if modes else None
+    parts = [x.split(DIMS, -1) for x in (mean, log_std, target)]
+    for reduction in ("none", "mean"):
+        options = {"mode_logits": logits, "reduction": reduction}
+        packed = F.gaussian_nll(mean, log_std, target, DIMS, **options)
+        sequence = F.gaussian_nll(*parts, **options)
+        assert_close(sequence, packed, DOUBLE)
+        gradients = [torch.autograd.grad(loss.sum(), (mean, log_std)) for loss in (packed, sequence)]
+        for got, want in zip(*gradients, strict=True):
+            assert_close(got, want, DOUBLE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, DOUBLE])
+def test_targets_of_another_dtype(dtype):
+    mean, log_std, target = inputs(6, dtype=torch.float32)
+    target = target.to(dtype)
+    loss = F.gaussian_nll(mean, log_std, target, DIMS)
+    assert loss.dtype == torch.float32
+    assert_close(loss, F.gaussian_nll(mean.double(), log_std.double(), target, DIMS), torch.float32)
+
+
+def _strided(x, kind):
+    if kind == "transposed":
+        return x.T.contiguous().T
+    if kind == "stepped":
+        return torch.stack((x, torch.full_like(x, math.nan)), -1).flatten(-2)[:, ::2]
+    return x[:1].expand_as(x) if kind == "expanded" else x
+
+
+KINDS = st.sampled_from(["contiguous", "transposed", "stepped", "expanded"])
+
+
+@given(KINDS, KINDS, KINDS, st.sampled_from([torch.float32, torch.bfloat16, torch.float16, DOUBLE]))
+def test_any_strides(first, second, third, dtype):
+    mean, log_std, target = (x.to(dtype) for x in inputs(7))
+    mean, log_std, target = (
+        _strided(mean, first),
+        _strided(log_std, second),
+        _strided(target, third),
+    )
+    mean, log_std = mean.detach().requires_grad_(), log_std.detach().requires_grad_()
+    loss = F.gaussian_nll(mean, log_std, target, DIMS, bound=1.0)
+    plain = [x.detach().double().contiguous().requires_grad_() for x in (mean, log_std)]
+    exact = F.gaussian_nll(*plain, target.double().contiguous(), DIMS, bound=1.0)
+    assert_close(loss, exact, DOUBLE if dtype == DOUBLE else torch.float32)
+    pairs = zip(
+        torch.autograd.grad(loss, (mean, log_std)), torch.autograd.grad(exact, plain), strict=True
+    )
+    for got, want in pairs:
+        # float16 gradients of a mean go down to its subnormals
+        assert_close(got, want, dtype, factor=20 if dtype == torch.float16 else 1)
+
+
+@pytest.mark.parametrize("value", [80.0, -40.0, 0.0])
+def test_extreme_deviations(value):
+    mean, log_std, target = inputs(4, dtype=torch.float32)
+    log_std = torch.full_like(log_std, value).requires_grad_()
+    loss = F.gaussian_nll(mean, log_std, target, DIMS)
+    exact = log_std.detach().double().requires_grad_()
+    want = F.gaussian_nll(mean.double(), exact, target.double(), DIMS)
+    assert_close(loss, want, torch.float32, factor=10)
+    (got,), (want,) = torch.autograd.grad(loss, log_std), torch.autograd.grad(want, exact)
+    assert_close(got, want, torch.float32, factor=10)
+
+
+def test_a_bound_tames_what_would_overflow():
+    mean, log_std, target = inputs(4, dtype=torch.float32)
+    log_std = torch.full_like(log_std, -1e30).requires_grad_()
+    loss = F.gaussian_nll(mean, log_std, target, DIMS, bound=1.0)
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, log_std)[0].abs().max() < 1e-30
+
+
+def test_mode_logits_of_minus_infinity_switch_a_mode_off():
+    mean, log_std, target = inputs(4, modes=3)
+    logits = torch.randn(4, 3, len(DIMS), dtype=DOUBLE)
+    logits[:, 1] = -math.inf
+    mean = mean.requires_grad_()
+    loss = F.gaussian_nll(mean, log_std, target, DIMS, mode_logits=logits)
+    keep = [0, 2]
+    two = F.gaussian_nll(mean[:, keep], log_std[:, keep], target, DIMS, mode_logits=logits[:, keep])
+    assert_close(loss, two, DOUBLE)
+    (grad,) = torch.autograd.grad(loss, mean)
+    assert grad.isfinite().all()
+    assert not grad[:, 1].any()

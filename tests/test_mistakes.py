@@ -1,0 +1,219 @@
+"""Mistakes seen in comparable libraries: each is a test here, named after the mistake.
+
+Two are held by tests elsewhere: retained graphs and requires_grad subsets in test_autograd.py,
+results that depend on chunk size in test_linear.py.
+"""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES
+
+import mtkd
+import mtkd.functional as F
+from mtkd import linear
+from mtkd.testing import assert_close, poisoned_memory, relative_error
+
+DIMS = (40, 3, 1100)
+D = sum(DIMS)
+ROOT = Path(mtkd.__file__).parent
+
+
+def row(rows=6, dtype=torch.float32):
+    torch.manual_seed(0)
+    mean, log_std = (x.requires_grad_() for x in (torch.randn(rows, D), 0.3 * torch.randn(rows, D)))
+    return mean.to(dtype), log_std.to(dtype), torch.randn(rows, D).to(dtype)
+
+
+def fused(rows=6, features=9):
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, features), 0.2 * torch.randn(2, D, features)
+    return x.requires_grad_(), weight.requires_grad_(), torch.randn(rows, D)
+
+
+BOTH = [pytest.param(F.gaussian_nll, row, id="row"), pytest.param(F.linear_gaussian_nll, fused, id="linear")]
+
+
+@pytest.mark.parametrize(("function", "make"), BOTH)
+def test_empty_or_all_masked_batch(function, make):
+    for rows, masked in ((0, False), (5, True)):
+        first, second, target = make(rows)
+        mask = torch.zeros(rows, len(DIMS), dtype=torch.bool) if masked else None
+        loss = function(first, second, target, DIMS, mask=mask)
+        gradients = torch.autograd.grad(loss, (first, second))
+        assert loss == 0
+        assert all(not grad.any() and grad.shape == x.shape for grad, x in zip(gradients, (first, second), strict=True))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_masked_entries_count_nowhere_whatever_they_hold(reduction, poison):
+    mean, log_std, target = row()
+    mask = torch.rand(6, len(DIMS)) > 0.4
+    columns = mask.repeat_interleave(torch.tensor(DIMS), 1)
+    results = []
+    for fill in (0.0, poison):
+        leaves = [x.detach().masked_fill(~columns, fill).requires_grad_() for x in (mean, log_std)]
+        loss = F.gaussian_nll(*leaves, target.masked_fill(~columns, fill), DIMS, mask=mask, reduction=reduction)
+        results.append((loss, *torch.autograd.grad(loss.sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not results[0][1][~columns].any()
+
+
+def test_input_rows_that_count_for_no_teacher_may_hold_nan():
+    x, weight, target = fused()
+    mask = torch.ones(6, len(DIMS), dtype=torch.bool)
+    mask[2] = False
+    results = []
+    for fill in (0.0, math.nan):
+        rows = x.detach().clone()
+        rows[2] = fill
+        rows.requires_grad_()
+        loss = F.linear_gaussian_nll(rows, weight, target, DIMS, mask=mask)
+        results.append((loss, *torch.autograd.grad(loss, (rows, weight))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_bias_is_added_once_whatever_the_tiles():
+    x, weight, target = fused(rows=5000)
+    bias = torch.randn(2, D)
+    with linear.workspace(100_000):
+        loss = F.linear_gaussian_nll(x, weight, target, DIMS, linear_bias=bias, bound=1.0)
+    mean, log_std = (torch.einsum("nh,kdh->knd", x, weight) + bias[:, None]).unbind()
+    assert_close(loss, F.gaussian_nll(mean, log_std, target, DIMS, bound=1.0), torch.float32)
+
+
+def test_weight_gradient_of_bfloat16_is_accumulated_in_float32():
+    torch.manual_seed(0)
+    x, weight = torch.randn(9000, 4).bfloat16(), (0.1 * torch.randn(2, 8, 4)).bfloat16()
+    target = torch.randn(9000, 8)
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaf = weight.to(dtype).requires_grad_()
+        with linear.workspace(64 * 100):  # thousands of tiles
+            loss = F.linear_gaussian_nll(x.to(dtype), leaf, target, (3, 5), bound=1.0)
+        results.append(torch.autograd.grad(loss, leaf)[0])
+    assert relative_error(results[0], results[1]) < 2**-8
+
+
+@pytest.mark.parametrize(("function", "make"), BOTH)
+def test_none_with_non_uniform_and_stride_zero_upstream(function, make):
+    first, second, target = make()
+    matrix = function(first, second, target, DIMS, reduction="none")
+    upstream = torch.rand_like(matrix)
+    parts = [
+        torch.autograd.grad(matrix[n, t], (first, second), upstream[n, t], retain_graph=True)
+        for n in range(6)
+        for t in range(3)
+    ]
+    gradients = torch.autograd.grad(matrix, (first, second), upstream, retain_graph=True)
+    for grad, pieces in zip(gradients, zip(*parts, strict=True), strict=True):
+        assert_close(grad, sum(pieces), torch.float32)
+    ones = torch.autograd.grad(matrix, first, torch.ones_like(matrix), retain_graph=True)
+    assert torch.equal(torch.autograd.grad(matrix.sum(), first)[0], ones[0])
+
+
+def test_offsets_beyond_32_bits():
+    step = 2**31 + 64  # elements between rows, in memory that is never touched in between
+    storage = torch.empty(step + 2048, dtype=torch.bfloat16)
+    mean = storage.as_strided((2, 1500), (step, 1))
+    mean.copy_(torch.randn(2, 1500))
+    log_std, target = torch.zeros(2, 1500), torch.randn(2, 1500)
+    far = F.gaussian_nll(mean, log_std, target, (1000, 500), reduction="none")
+    near = F.gaussian_nll(mean.contiguous(), log_std, target, (1000, 500), reduction="none")
+    assert torch.equal(far, near)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(("function", "make"), BOTH)
+def test_every_output_slot_is_written(function, make, reduction):
+    first, second, target = make()
+    mask = torch.rand(6, len(DIMS)) > 0.5
+    with poisoned_memory():
+        loss = function(first, second, target, DIMS, mask=mask, reduction=reduction)
+        gradients = torch.autograd.grad(loss.sum(), (first, second))
+    assert loss.isfinite().all()
+    assert all(grad.isfinite().all() for grad in gradients)
+
+
+def test_no_host_synchronisation_in_the_hot_path():
+    words = re.compile(r"\.item\(|\.tolist\(|\.nonzero\(|\.cpu\(|\.numpy\(")
+    files = [*ROOT.glob("functional/*.py"), *ROOT.glob("reference/*.py"), *ROOT.glob("triton/*.py")]
+    files += [ROOT / f"{name}.py" for name in ("linear", "reduction", "dispatch", "plan", "packing")]
+    code = {file: re.sub(r'""".*?"""', "", file.read_text(), flags=re.DOTALL) for file in files}
+    assert not [file.name for file, text in code.items() if words.search(text)]
+
+
+def test_trainable_targets_are_an_error():
+    mean, log_std, target = row()
+    with pytest.raises(ValueError, match="target"):
+        F.gaussian_nll(mean, log_std, target.requires_grad_(), DIMS)
+
+
+def test_float16_gradients_survive_with_a_loss_scale():
+    mean, log_std, target = row(rows=2000)
+    half = [x.detach().half().requires_grad_() for x in (mean, log_std)]
+    unscaled = torch.autograd.grad(F.gaussian_nll(*half, target, DIMS), half)
+    assert (unscaled[0] == 0).float().mean() > 0.05  # the case is one that underflows
+    scaled = torch.autograd.grad(2.0**16 * F.gaussian_nll(*half, target, DIMS), half)
+    exact = [x.detach().double().requires_grad_() for x in half]
+    for got, want in zip(
+        scaled, torch.autograd.grad(F.gaussian_nll(*exact, target, DIMS), exact), strict=True
+    ):
+        assert_close(got.double() / 2**16, want, torch.float16)
+
+
+def test_gradients_given_away_are_not_shared():
+    mean, log_std, target = row()
+    loss = F.gaussian_nll(mean, log_std, target, DIMS)
+    first, _ = torch.autograd.grad(loss, (mean, log_std), retain_graph=True)
+    kept = first.clone()
+    mean.grad = None
+    loss.backward(retain_graph=True)
+    mean.grad.mul_(100)  # as an optimiser might, in place
+    assert torch.equal(torch.autograd.grad(loss, mean)[0], kept)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "ragged" in c.name], ids=str)
+def test_arguments_are_never_written(case):
+    args = case.arguments(torch.float32)
+    before = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+    c = torch.ones(case.rows, len(case.dims))
+    wanted = [args[i] is not None for i in case.loss.differentiable]
+    _, saved = case.loss.forward(*args)
+    case.loss.backward(c, saved, *args, wanted)
+    case.loss.value_and_grad(c, *args, wanted)
+    for now, then in zip(args, before, strict=True):
+        assert torch.equal(now, then) if isinstance(now, torch.Tensor) else now is then
+
+
+def _run(code, **environment):
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_import_brings_no_surprises():
+    loaded = _run(
+        "import sys, torch; before = set(sys.modules); import mtkd.functional;"
+        "print(sorted(m for m in set(sys.modules) - before if 'triton' in m or 'distributed' in m))"
+    )
+    assert loaded == "[]"
+
+
+def test_works_without_the_extension():
+    code = (
+        "import torch, mtkd.ops, mtkd.functional as F; assert mtkd.ops.extension is None;"
+        "x = torch.ones(2, 3, requires_grad=True); F.gaussian_nll(x, x, x.detach()).backward();"
+        "w = torch.ones(2, 3, 3, requires_grad=True);"
+        "F.linear_gaussian_nll(x, w, x.detach()).backward(); print(bool(w.grad.isfinite().all()))"
+    )
+    assert _run(code, MTKD_NO_EXTENSION="1") == "True"
