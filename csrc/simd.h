@@ -4,8 +4,7 @@
 #if defined(__x86_64__) && defined(__linux__) && !defined(__CUDACC__) && \
     ((defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12) || __clang_major__ >= 17)
 #define MTKD_HAS_CLONES 1
-#define MTKD_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define MTKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define MTKD_HAS_CLONES 0
 #define MTKD_CLONES

@@ -57,9 +57,11 @@ class Formulas:
     positions: tuple[int, ...]  # of the differentiable arguments
 
     def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """Return the matrix, and an empty tensor like what kernels save."""
         return self.matrix(*args), self.saved(*args)
 
     def backward(self, grad: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        """Return the gradients, empty tensors where the output mask does not want them."""
         *args, output_mask = args  # type: ignore[assignment]
         pairs = zip(self.gradient(grad, *args), output_mask, strict=True)
         return tuple(
@@ -67,10 +69,12 @@ class Formulas:
         )
 
     def value_and_grad(self, coefficient: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        """Return the matrix and the gradients."""
         matrix, saved = self.forward(*args[:-1])
         return (matrix, *self.backward(coefficient, saved, *args))
 
     def value_and_grad_(self, coefficient: Tensor, *args: Any) -> Tensor:
+        """Return the matrix; write the gradients over the differentiable arguments."""
         matrix, gradients = self.matrix(*args), self.gradient(coefficient, *args)
         for position, grad in zip(self.positions, gradients, strict=True):
             if grad is not None:
@@ -78,6 +82,7 @@ class Formulas:
         return matrix
 
     def sum(self, coefficient: Tensor, *args: Any) -> Tensor:
+        """Return the sum of coefficient times matrix."""
         return (coefficient * self.matrix(*args)).sum()
 
 
@@ -139,7 +144,8 @@ def define(
 
     formulas = Formulas(formula, gradient, saved or nothing, positions)
     operators = (getattr(torch.ops.mtkd, name + suffix).default for suffix in _SUFFIXES.values())
-    loss = Loss(name, names, positions, *operators, formulas)
+    handles = dict(zip(_SUFFIXES, operators, strict=True))
+    loss = Loss(name, names, positions, formulas=formulas, **handles)
     _register_formulas(loss)
     _register_autograd(loss)
     return loss
@@ -230,7 +236,7 @@ def _forward_function(loss: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
             wanted = [ctx.needs_input_grad[position] for position in loss.differentiable]
             return _spread(loss, loss.backward(grad, saved, *args, wanted), wanted)
 
-    return Forward.apply  # type: ignore[no-any-return]
+    return Forward.apply
 
 
 def _sum_function(loss: Loss) -> Callable[..., Tensor]:
@@ -241,28 +247,26 @@ def _sum_function(loss: Loss) -> Callable[..., Tensor]:
             ctx.half = any(_is_half(args[position]) for position in loss.differentiable)
             with _below_autograd():
                 if ctx.half:  # gradients stored before the loss scale is known would underflow
-                    kept = loss.forward(*args)
+                    matrix, *kept = loss.forward(*args)
                 else:
-                    kept = loss.value_and_grad(coefficient, *args, wanted)
-                _save(ctx, (coefficient, *args), *kept)
-                return (coefficient * kept[0]).sum()
+                    matrix, *kept = loss.value_and_grad(coefficient, *args, wanted)
+                _save(ctx, (coefficient, *args), matrix, *kept)
+                return (coefficient * matrix).sum()
 
         @staticmethod
         def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
             (coefficient, *args), (matrix, *kept) = _restore(ctx)
             wanted = [ctx.needs_input_grad[1 + position] for position in loss.differentiable]
-            gradients: Sequence[Tensor] = kept
             if torch.is_grad_enabled():  # a graph of this pass is wanted: the formulas have one
-                matrix, saved = loss.forward(*args)
-                gradients = loss.backward(upstream * coefficient, saved, *args, wanted)
-            elif ctx.half:
-                gradients = loss.backward(upstream * coefficient, *kept, *args, wanted)
+                matrix, *kept = loss.forward(*args)
+            if torch.is_grad_enabled() or ctx.half:
+                kept = list(loss.backward(upstream * coefficient, *kept, *args, wanted))
             elif not _is_one(upstream):
-                gradients = [upstream * grad for grad in kept]
+                kept = [upstream * grad for grad in kept]
             to_coefficient = upstream * matrix if ctx.needs_input_grad[0] else None
-            return (to_coefficient, *_spread(loss, gradients, wanted))
+            return (to_coefficient, *_spread(loss, kept, wanted))
 
-    return Sum.apply  # type: ignore[no-any-return]
+    return Sum.apply
 
 
 def _save(ctx: Any, args: Sequence[Any], *more: Tensor) -> None:

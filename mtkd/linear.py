@@ -142,7 +142,8 @@ class _Call:
     def __post_init__(self) -> None:
         self.rows, self.bounds = self.input.shape[0], offsets(self.dims)
         self.parts = self.columns.weight.shape[0]
-        self.plan = plan.tiles(self.rows, self.dims, self.parts, self.workspace, self.dtype.itemsize)
+        item = self.dtype.itemsize
+        self.plan = plan.tiles(self.rows, self.dims, self.parts, self.workspace, item)
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.input.device)
@@ -227,8 +228,10 @@ class _Call:
         for rows, x in self.row_blocks():
             scale = grad[rows].to(self.dtype)
             for group, columns in self.groups():
-                z, spread = tile(x.shape[0], columns), expand_columns(scale[:, group], self.dims[group])
-                sink.take_columns(torch.mul(stashed[:, rows, columns], spread, out=z), x, rows, columns)
+                spread = expand_columns(scale[:, group], self.dims[group])
+                z = tile(x.shape[0], columns)
+                torch.mul(stashed[:, rows, columns], spread, out=z)
+                sink.take_columns(z, x, rows, columns)
             logits = None if stashed_logits is None else stashed_logits[:, rows] * scale
             sink.take_teachers(logits, x, rows)
 
@@ -238,9 +241,9 @@ class _Sink:
 
     def __init__(self, call: _Call, wanted: Sequence[bool]) -> None:
         self.call = call
-        to_input, *to_columns, to_mode_weight, to_mode_bias = wanted
+        to_input, to_weight, to_bias, to_mode_weight, to_mode_bias = wanted
         self.input_grad = _large_empty(call.input, call.dtype, call.rows) if to_input else None
-        call.columns.want(*to_columns, call.rows)
+        call.columns.want(to_weight, to_bias, call.rows)
         if call.teachers is not None:
             call.teachers.want(to_mode_weight, to_mode_bias, call.rows)
 

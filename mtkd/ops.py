@@ -31,7 +31,6 @@ linear_gaussian_nll = define(
 LOSSES: tuple[Loss, ...] = (gaussian_nll, linear_gaussian_nll)
 
 
-
 def _load_extension() -> ModuleType | None:
     """Register the compiled kernels, if they were built; a build that does not load is an error."""
     if os.environ.get("MTKD_NO_EXTENSION", "0") not in ("", "0"):

@@ -46,7 +46,8 @@ def split(columns: Tensor, dims: Sequence[int]) -> tuple[Tensor, ...]:
         >>> [part.shape[-1] for part in split(torch.zeros(8, 8), (3, 5))]
         [3, 5]
     """
-    return columns.split(list(dims), -1)
+    parts: tuple[Tensor, ...] = columns.split(list(dims), -1)
+    return parts
 
 
 def offsets(dims: Sequence[int]) -> tuple[int, ...]:

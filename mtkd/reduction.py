@@ -105,11 +105,12 @@ def coefficients(
     if reduction == "sum":
         return counted
     # contiguous, since torch sums an expanded tensor's float32 numbers one by one
-    total = counted.contiguous().sum() if denominator is None else denominator
-    if not isinstance(total, Tensor):
-        return counted * (1.0 / total if total else 0.0)
-    total = total.to(dtype)
-    return counted * torch.where(total == 0, 0.0, 1.0 / torch.where(total == 0, 1.0, total))
+    if denominator is None:
+        denominator = counted.contiguous().sum()
+    if not isinstance(denominator, Tensor):
+        return counted * (1.0 / denominator if denominator else 0.0)
+    whole = denominator.to(dtype)
+    return counted * torch.where(whole == 0, 0.0, 1.0 / torch.where(whole == 0, 1.0, whole))
 
 
 def split_columns(matrix: Tensor | None, counts: Sequence[int]) -> Sequence[Tensor | None]:

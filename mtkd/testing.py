@@ -39,14 +39,15 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, factor: f
 def poisoned_memory() -> Iterator[None]:
     """Fill all fresh tensors, those of compiled kernels too, with NaN: unwritten outputs show."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        settings.fill_uninitialized_memory = filled
 
 
 def cast(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:

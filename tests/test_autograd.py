@@ -67,9 +67,11 @@ def test_every_subset_of_requires_grad(case, role):
     args = case.arguments(DOUBLE)
     positions = leaves_of(case, args)
     c = coefficient(case)
-    expected = dict(zip(case.loss.differentiable, case.loss.formulas.gradient(c, *args), strict=True))
+    gradients = case.loss.formulas.gradient(c, *args)
+    expected = dict(zip(case.loss.differentiable, gradients, strict=True))
     for trained in itertools.product((False, True), repeat=len(positions)):
-        leaves = [args[i].clone().requires_grad_(on) for i, on in zip(positions, trained, strict=True)]
+        pairs = zip(positions, trained, strict=True)
+        leaves = [args[i].clone().requires_grad_(on) for i, on in pairs]
         now = with_leaves(args, positions, leaves)
         value = case.loss.sum(c, *now) if role == "sum" else (c * case.loss.forward(*now)[0]).sum()
         assert value.requires_grad == any(trained)
@@ -109,7 +111,8 @@ def test_upstream_of_the_sum_scales_gradients(case, upstream):
     leaves = [args[i].clone().requires_grad_() for i in positions]
     c = coefficient(case).requires_grad_()
     value = case.loss.sum(c, *with_leaves(args, positions, leaves))
-    *gradients, to_c = torch.autograd.grad(value, [*leaves, c], torch.tensor(upstream, dtype=DOUBLE))
+    scale = torch.tensor(upstream, dtype=DOUBLE)
+    *gradients, to_c = torch.autograd.grad(value, [*leaves, c], scale)
     expected = case.loss.formulas.gradient(upstream * c.detach(), *args)
     expected = [grad for grad in expected if grad is not None]
     for grad, want in zip(gradients, expected, strict=True):

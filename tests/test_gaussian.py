@@ -32,9 +32,7 @@ def test_equals_torchs_gaussian_nll_loss(full):
 
 def test_equals_torchs_normal_distribution():
     mean, log_std, target = inputs(2, 3)
-    matrix = F.gaussian_nll(
-        mean, log_std, target, DIMS, per_dim=False, full=True, reduction="none"
-    )
+    matrix = F.gaussian_nll(mean, log_std, target, DIMS, per_dim=False, full=True, reduction="none")
     parts = zip(*(x.split(DIMS, -1) for x in (mean, log_std, target)), strict=True)
     expected = [-Independent(Normal(m, s.exp()), 1).log_prob(t) for m, s, t in parts]
     assert_close(matrix, torch.stack(expected, -1), DOUBLE)
@@ -48,7 +46,7 @@ def test_equals_torchs_mixture(bound):
         mean, log_std, target, DIMS, mode_logits=logits, bound=bound, full=True, reduction="none"
     )
     bounded = log_std if bound is None else bound * torch.tanh(log_std / bound)
-    columns = zip(mean.split(DIMS, -1), bounded.split(DIMS, -1), target.split(DIMS, -1), strict=True)
+    columns = zip(*(x.split(DIMS, -1) for x in (mean, bounded, target)), strict=True)
     for t, (m, s, x) in enumerate(columns):
         modes = Independent(Normal(m, s.exp()), 1)
         mixture = MixtureSameFamily(Categorical(logits=logits[..., t]), modes)
@@ -66,7 +64,8 @@ def test_a_mixture_of_one_mode_is_the_gaussian():
 @pytest.mark.parametrize("modes", [0, 2])
 @pytest.mark.parametrize("rows", [6, 2000])
 def test_sequences_equal_packed(rows, modes):
-    mean, log_std, target = (x.requires_grad_(i < 2) for i, x in enumerate(inputs(rows, modes=modes)))
+    mean, log_std, target = inputs(rows, modes=modes)
+    mean, log_std = mean.requires_grad_(), log_std.requires_grad_()
     logits = torch.randn(rows, modes, len(DIMS), dtype=DOUBLE) if modes else None
     parts = [x.split(DIMS, -1) for x in (mean, log_std, target)]
     for reduction in ("none", "mean"):
@@ -74,7 +73,8 @@ def test_sequences_equal_packed(rows, modes):
         packed = F.gaussian_nll(mean, log_std, target, DIMS, **options)
         sequence = F.gaussian_nll(*parts, **options)
         assert_close(sequence, packed, DOUBLE)
-        gradients = [torch.autograd.grad(loss.sum(), (mean, log_std)) for loss in (packed, sequence)]
+        losses = (packed.sum(), sequence.sum())
+        gradients = [torch.autograd.grad(loss, (mean, log_std)) for loss in losses]
         for got, want in zip(*gradients, strict=True):
             assert_close(got, want, DOUBLE)
 

@@ -102,12 +102,14 @@ def test_inputs_of_their_own(modes, reduction):
     targets = [torch.randn(8, shape[-2], dtype=torch.float64) for shape in shapes]
     options = {}
     if modes:
-        options["mode_weight"] = [torch.randn(modes, 1, width, dtype=torch.float64) for width in widths]
+        modes_of = [torch.randn(modes, 1, width, dtype=torch.float64) for width in widths]
+        options["mode_weight"] = modes_of
     together = F.linear_gaussian_nll(xs, weights, targets, reduction=reduction, **options)
     singles = []
     for t in range(3):
         own = {name: tensors[t] for name, tensors in options.items()}
-        singles.append(F.linear_gaussian_nll(xs[t], weights[t], targets[t], reduction="none", **own))
+        own["reduction"] = "none"
+        singles.append(F.linear_gaussian_nll(xs[t], weights[t], targets[t], **own))
     matrix = torch.cat(singles, -1)
     assert_close(together, matrix if reduction == "none" else matrix.mean(), torch.float64)
     together.sum().backward()
@@ -119,8 +121,9 @@ def test_workspace_is_restored_and_checked():
     with linear.workspace(1234):
         assert linear.workspace_size() == 1234
     assert linear.workspace_size() == before
-    with pytest.raises(ValueError, match="size: expected a positive number of bytes, got 0"), (
-        linear.workspace(0)
+    with (
+        pytest.raises(ValueError, match="size: expected a positive number of bytes, got 0"),
+        linear.workspace(0),
     ):
         pass
 
@@ -129,6 +132,7 @@ def test_leading_dimensions():
     torch.manual_seed(0)
     x, weight = torch.randn(2, 3, 5), torch.randn(2, 8, 5)
     target = torch.randn(2, 3, 8)
-    loss = F.linear_gaussian_nll(x, weight, target, (3, 5), reduction="none")
-    flat = F.linear_gaussian_nll(x.flatten(0, 1), weight, target.flatten(0, 1), (3, 5), reduction="none")
+    options = {"dims": (3, 5), "reduction": "none"}
+    loss = F.linear_gaussian_nll(x, weight, target, **options)
+    flat = F.linear_gaussian_nll(x.flatten(0, 1), weight, target.flatten(0, 1), **options)
     assert torch.equal(loss, flat.reshape(2, 3, 2))

@@ -37,7 +37,10 @@ def fused(rows=6, features=9):
     return x.requires_grad_(), weight.requires_grad_(), torch.randn(rows, D)
 
 
-BOTH = [pytest.param(F.gaussian_nll, row, id="row"), pytest.param(F.linear_gaussian_nll, fused, id="linear")]
+BOTH = [
+    pytest.param(F.gaussian_nll, row, id="row"),
+    pytest.param(F.linear_gaussian_nll, fused, id="linear"),
+]
 
 
 @pytest.mark.parametrize(("function", "make"), BOTH)
@@ -48,7 +51,9 @@ def test_empty_or_all_masked_batch(function, make):
         loss = function(first, second, target, DIMS, mask=mask)
         gradients = torch.autograd.grad(loss, (first, second))
         assert loss == 0
-        assert all(not grad.any() and grad.shape == x.shape for grad, x in zip(gradients, (first, second), strict=True))
+        for grad, x in zip(gradients, (first, second), strict=True):
+            assert grad.shape == x.shape
+            assert not grad.any()
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -60,7 +65,8 @@ def test_masked_entries_count_nowhere_whatever_they_hold(reduction, poison):
     results = []
     for fill in (0.0, poison):
         leaves = [x.detach().masked_fill(~columns, fill).requires_grad_() for x in (mean, log_std)]
-        loss = F.gaussian_nll(*leaves, target.masked_fill(~columns, fill), DIMS, mask=mask, reduction=reduction)
+        targets = target.masked_fill(~columns, fill)
+        loss = F.gaussian_nll(*leaves, targets, DIMS, mask=mask, reduction=reduction)
         results.append((loss, *torch.autograd.grad(loss.sum(), leaves)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert not results[0][1][~columns].any()
@@ -145,7 +151,8 @@ def test_every_output_slot_is_written(function, make, reduction):
 def test_no_host_synchronisation_in_the_hot_path():
     words = re.compile(r"\.item\(|\.tolist\(|\.nonzero\(|\.cpu\(|\.numpy\(")
     files = [*ROOT.glob("functional/*.py"), *ROOT.glob("reference/*.py"), *ROOT.glob("triton/*.py")]
-    files += [ROOT / f"{name}.py" for name in ("linear", "reduction", "dispatch", "plan", "packing")]
+    modules = ("linear", "reduction", "dispatch", "plan", "packing")
+    files += [ROOT / f"{name}.py" for name in modules]
     code = {file: re.sub(r'""".*?"""', "", file.read_text(), flags=re.DOTALL) for file in files}
     assert not [file.name for file, text in code.items() if words.search(text)]
 

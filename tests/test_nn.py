@@ -359,8 +359,8 @@ def test_repr_names_the_teachers():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"dims": ()}, ValueError, "dims: expected at least one positive width"),
-        ({"dims": (3, 0)}, ValueError, "dims: expected at least one positive width"),
+        ({"dims": ()}, ValueError, "dims: expected a positive width"),
+        ({"dims": (3, 0)}, ValueError, "dims: expected a positive width"),
         ({"dims": (3, "5")}, TypeError, "dims: expected integers"),
         (
             {"dims": 3},

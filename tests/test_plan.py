@@ -1,5 +1,7 @@
 """Tiles of a projection: they cover everything once and respect the budget."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +15,7 @@ def test_tiles_cover_teachers_in_order_within_the_budget(rows, dims, parts, work
     plan = tiles(rows, dims, parts, workspace)
     edges = [group[0] for group in plan.groups] + [len(dims)]
     assert edges[0] == 0
-    assert list(plan.groups) == list(zip(edges, edges[1:], strict=False))
+    assert list(plan.groups) == list(pairwise(edges))
     assert all(first < last for first, last in plan.groups)
     assert 1 <= plan.rows <= max(1, min(rows, GOOD_ROWS))
     widest = max(sum(dims[first:last]) for first, last in plan.groups)

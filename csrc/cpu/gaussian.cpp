@@ -18,7 +18,8 @@ MTKD_INLINE A energy_loop(const A* mean, const A* log_std, const A* target, int6
   A total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; ++i)
-    total += gaussian::element<Bounded>(mean[i], log_std[i], target[i], bound, inverse_bound).energy;
+    total +=
+        gaussian::element<Bounded>(mean[i], log_std[i], target[i], bound, inverse_bound).energy;
   return total;
 }
 
@@ -64,23 +65,23 @@ MTKD_INLINE void segment_sums_loop(const A* terms, const int64_t* offsets, int64
   }
 }
 
-#define MTKD_GAUSSIAN_LOOPS(A)                                                                  \
-  MTKD_CLONES A energy_of(const A* m, const A* s, const A* t, int64_t n, A bound) {             \
-    return bound > 0 ? energy_loop<true>(m, s, t, n, bound)                                     \
-                     : energy_loop<false>(m, s, t, n, bound);                                   \
-  }                                                                                             \
-  MTKD_CLONES A gradient_of(const A* m, const A* s, const A* t, int64_t n, A bound, A g, A* dm, \
-                            A* ds) {                                                            \
-    return bound > 0 ? gradient_loop<true>(m, s, t, n, bound, g, dm, ds)                        \
-                     : gradient_loop<false>(m, s, t, n, bound, g, dm, ds);                      \
-  }                                                                                             \
-  MTKD_CLONES void short_of(const A* m, const A* s, const A* t, int64_t n, A bound, const A* g, \
-                            A* e, A* dm, A* ds) {                                               \
-    bound > 0 ? short_loop<true>(m, s, t, n, bound, g, e, dm, ds)                               \
-              : short_loop<false>(m, s, t, n, bound, g, e, dm, ds);                             \
-  }                                                                                             \
+#define MTKD_GAUSSIAN_LOOPS(A)                                                                    \
+  MTKD_CLONES A energy_of(const A* m, const A* s, const A* t, int64_t n, A bound) {               \
+    return bound > 0 ? energy_loop<true>(m, s, t, n, bound)                                       \
+                     : energy_loop<false>(m, s, t, n, bound);                                     \
+  }                                                                                               \
+  MTKD_CLONES A gradient_of(const A* m, const A* s, const A* t, int64_t n, A bound, A g, A* dm,   \
+                            A* ds) {                                                              \
+    return bound > 0 ? gradient_loop<true>(m, s, t, n, bound, g, dm, ds)                          \
+                     : gradient_loop<false>(m, s, t, n, bound, g, dm, ds);                        \
+  }                                                                                               \
+  MTKD_CLONES void short_of(const A* m, const A* s, const A* t, int64_t n, A bound, const A* g,   \
+                            A* e, A* dm, A* ds) {                                                 \
+    bound > 0 ? short_loop<true>(m, s, t, n, bound, g, e, dm, ds)                                 \
+              : short_loop<false>(m, s, t, n, bound, g, e, dm, ds);                               \
+  }                                                                                               \
   MTKD_CLONES void segment_sums(const A* terms, const int64_t* offsets, int64_t count, A* sums) { \
-    segment_sums_loop(terms, offsets, count, sums);                                             \
+    segment_sums_loop(terms, offsets, count, sums);                                               \
   }
 MTKD_GAUSSIAN_LOOPS(float)
 MTKD_GAUSSIAN_LOOPS(double)
@@ -300,7 +301,9 @@ struct Problem {
                     "gaussian_nll: ", name, " is (N, T)");
   }
 
-  Tensor empty_matrix(const Tensor& like) const { return empty(like, {in.rows, in.teachers}, dtype); }
+  Tensor empty_matrix(const Tensor& like) const {
+    return empty(like, {in.rows, in.teachers}, dtype);
+  }
 
   void run(const Outputs& out, const View& coefficient) const {
     if (dtype == ScalarType::Double) {
@@ -320,9 +323,11 @@ Tensor gradient_like(const Tensor& t, bool wanted) {
 View view_if(const Tensor& t, bool wanted) { return wanted ? View(t) : View(); }
 
 // (matrix if wanted, gradients) from a gradient to the matrix.
-std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(
-    const Problem& problem, bool with_matrix, const Tensor& coefficient, const Tensor& mean,
-    const Tensor& log_std, const OptionalTensor& mode_logits, const std::vector<bool>& wanted) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Problem& problem, bool with_matrix,
+                                                     const Tensor& coefficient, const Tensor& mean,
+                                                     const Tensor& log_std,
+                                                     const OptionalTensor& mode_logits,
+                                                     const std::vector<bool>& wanted) {
   problem.check_matrix(coefficient, "the gradient");
   const bool with_logits = wanted[2] && mode_logits;
   Tensor matrix = with_matrix ? problem.empty_matrix(mean) : empty(mean, {0}, problem.dtype);
@@ -335,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(
   return {matrix, mean_grad, log_std_grad, logits_grad};
 }
 
-#define MTKD_GAUSSIAN_ARGUMENTS                                                              \
+#define MTKD_GAUSSIAN_ARGUMENTS                                                               \
   OptionalTensor mask, std::vector<int64_t> dims, Tensor mean, Tensor log_std, Tensor target, \
       OptionalTensor mode_logits, std::optional<double> bound, bool per_dim, bool full
 #define MTKD_GAUSSIAN_PROBLEM \

@@ -33,7 +33,8 @@ MTKD_INLINE void narrow(float value, Half& out) {
   const float base = (size * 0x1p+112f) * 0x1p-110f + bit_cast<float>((bias >> 1) + 0x07800000u);
   const uint32_t base_bits = bit_cast<uint32_t>(base);
   const uint32_t packed = ((base_bits >> 13) & 0x7C00u) + (base_bits & 0x0FFFu);
-  out.x = static_cast<uint16_t>((bits >> 16 & 0x8000u) | (shifted > 0xFF000000u ? 0x7E00u : packed));
+  out.x =
+      static_cast<uint16_t>((bits >> 16 & 0x8000u) | (shifted > 0xFF000000u ? 0x7E00u : packed));
 }
 MTKD_INLINE void narrow(float value, float& out) { out = value; }
 MTKD_INLINE void narrow(float value, double& out) { out = value; }
@@ -71,22 +72,33 @@ MTKD_INLINE void write_loop(const A* values, int64_t n, int64_t stride, void* da
 template <class A>
 MTKD_INLINE void read_any(const void* data, ScalarType dtype, int64_t stride, int64_t n, A* out) {
   switch (dtype) {
-    case ScalarType::Float: return read_loop<float>(data, stride, n, out);
-    case ScalarType::Double: return read_loop<double>(data, stride, n, out);
-    case ScalarType::BFloat16: return read_loop<BFloat16>(data, stride, n, out);
-    case ScalarType::Half: return read_loop<Half>(data, stride, n, out);
-    default: return;  // dtypes are checked where a kernel begins
+    case ScalarType::Float:
+      return read_loop<float>(data, stride, n, out);
+    case ScalarType::Double:
+      return read_loop<double>(data, stride, n, out);
+    case ScalarType::BFloat16:
+      return read_loop<BFloat16>(data, stride, n, out);
+    case ScalarType::Half:
+      return read_loop<Half>(data, stride, n, out);
+    default:
+      return;  // dtypes are checked where a kernel begins
   }
 }
 
 template <class A>
-MTKD_INLINE void write_any(const A* values, int64_t n, ScalarType dtype, int64_t stride, void* data) {
+MTKD_INLINE void write_any(const A* values, int64_t n, ScalarType dtype, int64_t stride,
+                           void* data) {
   switch (dtype) {
-    case ScalarType::Float: return write_loop<A, float>(values, n, stride, data);
-    case ScalarType::Double: return write_loop<A, double>(values, n, stride, data);
-    case ScalarType::BFloat16: return write_loop<A, BFloat16>(values, n, stride, data);
-    case ScalarType::Half: return write_loop<A, Half>(values, n, stride, data);
-    default: return;
+    case ScalarType::Float:
+      return write_loop<A, float>(values, n, stride, data);
+    case ScalarType::Double:
+      return write_loop<A, double>(values, n, stride, data);
+    case ScalarType::BFloat16:
+      return write_loop<A, BFloat16>(values, n, stride, data);
+    case ScalarType::Half:
+      return write_loop<A, Half>(values, n, stride, data);
+    default:
+      return;
   }
 }
 

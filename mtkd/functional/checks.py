@@ -59,7 +59,7 @@ def check_dims(dims: Sequence[int] | None, width: int, name: str) -> tuple[int, 
         except TypeError:
             raise TypeError(f"dims: expected integers, got {_short(dims)}") from None
     if not widths or min(widths) < 1:
-        raise ValueError(f"dims: expected at least one positive width a teacher, got {_short(dims)}")
+        raise ValueError(f"dims: expected a positive width for each teacher, got {_short(dims)}")
     if sum(widths) != width:
         raise ValueError(
             f"dims: expected widths that sum to the {width} columns of {name},"

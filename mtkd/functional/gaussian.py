@@ -126,7 +126,8 @@ def gaussian_nll(
 
 def _leading(group: Group, mode_logits: Any) -> torch.Size:
     """Return the leading dimensions of the means, which with modes those of the logits decide."""
-    name, mean = f"mean{group.suffix}", group.tensors[0]
+    name = f"mean{group.suffix}"
+    mean: Tensor = group.tensors[0]
     check_tensor(name, mean)
     if mean.dim() < 1:
         raise ValueError(f"{name}: expected shape (*, D), got a 0-dim tensor")
@@ -158,9 +159,7 @@ def _row_arguments(group: Group, leading: torch.Size, inner: int) -> tuple[Any, 
     return dims, mean.reshape(shape), log_std.reshape(shape), target.reshape(rows, -1)
 
 
-def _mode_logits(
-    mode_logits: Tensor | None, teachers: int, device: torch.device
-) -> Tensor | None:
+def _mode_logits(mode_logits: Tensor | None, teachers: int, device: torch.device) -> Tensor | None:
     if mode_logits is None:
         return None
     check_tensor("mode_logits", mode_logits, device)
@@ -275,7 +274,8 @@ def linear_gaussian_nll(
 
 
 def _input_leading(group: Group) -> torch.Size:
-    name, input = f"input{group.suffix}", group.tensors[0]
+    name = f"input{group.suffix}"
+    input: Tensor = group.tensors[0]
     check_tensor(name, input)
     if input.dim() < 1:
         raise ValueError(f"{name}: expected shape (*, H), got a 0-dim tensor")

@@ -88,9 +88,8 @@ class TeacherNorm(nn.Module):
         def standardise(tensor: Tensor, _: slice, columns: slice) -> Tensor:
             check_tensor("target", tensor, self.shift.device)
             dtype = accumulate_dtype(tensor)
-            return (tensor.to(dtype) - self.shift[columns].to(dtype)) * self.scale[columns].to(
-                dtype
-            )
+            shift, scale = (buffer[columns].to(dtype) for buffer in (self.shift, self.scale))
+            return (tensor.to(dtype) - shift) * scale
 
         return self.teachers.map(standardise, "target", target)  # type: ignore[no-any-return]
 
@@ -117,13 +116,14 @@ class TeacherNorm(nn.Module):
 
     def _merge(self, rows: Tensor, mask: Tensor | None, teachers: slice, columns: slice) -> None:
         dims = self.teachers.dims[teachers]
-        counted = segment_sum(rows.isfinite().logical_not().double(), dims) == 0
+        counted = segment_sum(rows, dims).isfinite()  # which it is not where any entry is not
         if mask is not None:
             counted = counted & mask
         spread, count = expand_columns(counted, dims), counted.sum(0)
-        old, new = expand_columns(self.count[teachers], dims), expand_columns(count, dims)
+        counts = (self.count[teachers].double(), count.double())
+        old, new = (expand_columns(each, dims) for each in counts)
         mean = torch.where(spread, rows, 0.0).sum(0) / new.clamp(min=1)
-        deviations = torch.where(spread, rows - mean, 0.0).square().sum(0)
+        deviations = torch.where(spread, rows - mean, 0.0).square_().sum(0)
         step, share = mean - self.mean[columns], new / (old + new).clamp(min=1)
         self.deviations[columns] += deviations + step.square() * old * share
         self.mean[columns] += step * share

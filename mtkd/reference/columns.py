@@ -15,7 +15,8 @@ def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
 def segment_sum(columns: Tensor, dims: Sequence[int]) -> Tensor:
     """Sum ``(*, D)`` over each teacher's columns, giving ``(*, T)``."""
     if len(set(dims)) == 1:
-        return columns.unflatten(-1, (len(dims), dims[0])).sum(-1)
+        by_teacher: Tensor = columns.unflatten(-1, (len(dims), dims[0]))
+        return by_teacher.sum(-1)
     return torch.stack([segment.sum(-1) for segment in columns.split(list(dims), -1)], -1)
 
 

@@ -131,7 +131,8 @@ def nll_gradient(
 
 def _project(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return ``(N, *weight.shape[:-1])``."""
-    out = (input.to(dtype) @ weight.to(dtype).flatten(0, -2).T).unflatten(-1, weight.shape[:-1])
+    flat = input.to(dtype) @ weight.to(dtype).flatten(0, -2).T
+    out: Tensor = flat.unflatten(-1, weight.shape[:-1])
     return out if bias is None else out + bias.to(dtype)
 
 
@@ -153,7 +154,8 @@ def linear_nll(
     """Return `nll` of ``mean, log_std = input @ weight.T + bias``; the same for mode logits.
 
     Shapes: input ``(N, H)``, weight ``(2, D, H)``, bias ``(2, D)``; with mode_weight
-    ``(M, T, H)`` and mode_bias ``(M, T)``, weight ``(2, M, D, H)`` and bias ``(2, M, D)``. `workspace` and `stash` steer kernels only.
+    ``(M, T, H)`` and mode_bias ``(M, T)``, weight ``(2, M, D, H)`` and bias ``(2, M, D)``.
+    `workspace` and `stash` steer kernels only.
     """
     dtype, input = accumulate_dtype(input, weight), zero_uncounted_rows(input, mask)
     mean, log_std = _project(input, weight, bias, dtype).unbind(1)
@@ -210,4 +212,4 @@ def linear_nll_saved(mask: Tensor | None, dims: Sequence[int], *args: Any) -> Te
     input, weight, _, mode_weight, *_ = args
     width = weight[..., 0].numel() + (0 if mode_weight is None else mode_weight[..., 0].numel())
     size = input.shape[0] * width if args[-1] else 0
-    return input.new_empty(size, dtype=accumulate_dtype(input, weight))
+    return torch.empty(size, dtype=accumulate_dtype(input, weight), device=input.device)
