@@ -239,9 +239,9 @@ def test_strict_loading_names_the_keys():
     heads, state = make(NAMED), make(NAMED).state_dict()
     missing = "teachers.pca.mean.weight"
     value = state.pop(missing)
+    before = heads.state_dict()[missing].clone()
     with pytest.raises(RuntimeError, match=rf'Missing key\(s\).*"{missing}"'):
         heads.load_state_dict(state)
-    before = heads.state_dict()[missing].clone()
     result = heads.load_state_dict(state, strict=False)
     assert result.missing_keys == [missing]
     assert torch.equal(heads.state_dict()[missing], before)

@@ -53,7 +53,8 @@ class GaussianHeads(TeacherMLPs):
         itself are one packed GEMM for all teachers; the norm before them is shared and has no
         scale and shift of its own, which the weights and biases after it can hold. Layers start
         as torch.nn.Linear's do, log standard deviations at 0. The state dict has an entry for
-        each teacher, ``teachers.<name>.mean.weight`` and so on, and loads by these names.
+        each teacher, ``teachers.<name>.mean.weight`` and so on, and loads by these names; they
+        are views, which safetensors wants contiguous for mixtures.
 
     Source:
         Formont et al., "Learning Task-Agnostic Representations through Multi-Teacher

@@ -11,7 +11,9 @@ from ..reference.columns import accumulate_dtype, expand_columns, segment_sum
 from .teachers import Teachers, Tensors, check_mask
 
 _Tensors = TypeVar("_Tensors", bound=Tensors)
-_BLOCK = 1 << 21  # numbers that `update` turns into float64 at a time
+# Numbers that `update` turns into float64 at a time: they should stay in a CPU's caches.
+_BLOCK = {"cpu": 1 << 18}
+_LARGE_BLOCK = 1 << 24
 
 
 class TeacherNorm(nn.Module):
@@ -102,7 +104,7 @@ class TeacherNorm(nn.Module):
             check_mask(mask, (*tensor.shape[:-1], len(self.teachers.dims)), self.shift.device)
             rows = tensor.reshape(-1, tensor.shape[-1])
             counted = None if mask is None else mask[..., teachers].reshape(rows.shape[0], -1)
-            size = max(1, _BLOCK // rows.shape[1])
+            size = max(1, _BLOCK.get(rows.device.type, _LARGE_BLOCK) // rows.shape[1])
             for start in range(0, rows.shape[0], size):
                 part = None if counted is None else counted[start : start + size]
                 self._merge(rows[start : start + size].double(), part, teachers, columns)
@@ -116,7 +118,7 @@ class TeacherNorm(nn.Module):
 
     def _merge(self, rows: Tensor, mask: Tensor | None, teachers: slice, columns: slice) -> None:
         dims = self.teachers.dims[teachers]
-        counted = segment_sum(rows, dims).isfinite()  # which it is not where any entry is not
+        counted = segment_sum(rows, dims).isfinite()  # a NaN or infinity spoils its sum
         if mask is not None:
             counted = counted & mask
         spread, count = expand_columns(counted, dims), counted.sum(0)

@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks gaussian_nll`` and ``python -m benchmarks --help``."""
