@@ -81,9 +81,8 @@ def imports(options: argparse.Namespace) -> None:
     machine = measure.machine(options.threads)
     taken = measure.import_seconds(3 if options.quick else 9)
     report.add(report.path_of(options.out, machine), machine, "imports", "seconds", taken)
-    print(
-        f"import torch {taken['torch']:.2f} s, mtkd.functional adds {taken['mtkd.functional']:.3f} s"
-    )
+    torch_, ours = taken["torch"], taken["mtkd.functional"]
+    print(f"import torch {torch_:.2f} s, mtkd.functional adds {ours:.3f} s")
 
 
 def main() -> None:
