@@ -42,12 +42,14 @@ inline ScalarType accumulate_dtype(const Tensor& a, const Tensor& b) {
   return is_double ? ScalarType::Double : ScalarType::Float;
 }
 
+// From this size on a tensor does not stay in a cache until it is used.
+constexpr int64_t kLargeBytes = int64_t{4} << 20;
+
 // Ask for huge pages: a fresh large output costs more in 4 KB page faults than its arithmetic.
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kWorthIt = int64_t{4} << 20;
   constexpr uintptr_t kPage = 4096;
-  if (bytes < kWorthIt) return;
+  if (bytes < kLargeBytes) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

@@ -322,6 +322,12 @@ Tensor gradient_like(const Tensor& t, bool wanted) {
 
 View view_if(const Tensor& t, bool wanted) { return wanted ? View(t) : View(); }
 
+View gradient_view(const Tensor& t, bool wanted) {
+  View view = view_if(t, wanted);
+  view.streamed = t.numel() * view.item >= kLargeBytes;
+  return view;
+}
+
 // (matrix if wanted, gradients) from a gradient to the matrix.
 std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Problem& problem, bool with_matrix,
                                                      const Tensor& coefficient, const Tensor& mean,
@@ -334,8 +340,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Problem& problem, boo
   Tensor mean_grad = gradient_like(mean, wanted[0]);
   Tensor log_std_grad = gradient_like(log_std, wanted[1]);
   Tensor logits_grad = gradient_like(mode_logits ? *mode_logits : mean, with_logits);
-  problem.run({view_if(matrix, with_matrix), view_if(mean_grad, wanted[0]),
-               view_if(log_std_grad, wanted[1]), view_if(logits_grad, with_logits)},
+  problem.run({view_if(matrix, with_matrix), gradient_view(mean_grad, wanted[0]),
+               gradient_view(log_std_grad, wanted[1]), view_if(logits_grad, with_logits)},
               View(coefficient));
   return {matrix, mean_grad, log_std_grad, logits_grad};
 }

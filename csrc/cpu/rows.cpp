@@ -1,5 +1,9 @@
 #include "rows.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace mtkd::cpu {
 namespace {
 
@@ -103,6 +107,29 @@ MTKD_INLINE void write_any(const A* values, int64_t n, ScalarType dtype, int64_t
 }
 
 }  // namespace
+
+void stream(const void* values, int64_t bytes, void* data) {
+#if defined(__SSE2__)
+  const char* from = static_cast<const char*>(values);
+  char* to = static_cast<char*>(data);
+  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & 15);
+  memcpy(to, from, head);
+  int64_t i = head;
+  for (; i + 16 <= bytes; i += 16) {
+    const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), part);
+  }
+  memcpy(to + i, from + i, bytes - i);
+#else
+  memcpy(data, values, bytes);
+#endif
+}
+
+void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 MTKD_CLONES void read(const void* data, ScalarType dtype, int64_t stride, int64_t n, float* out) {
   read_any(data, dtype, stride, n, out);

@@ -21,11 +21,16 @@ void read(const void* data, ScalarType dtype, int64_t stride, int64_t n, double*
 void write(const float* values, int64_t n, ScalarType dtype, int64_t stride, void* data);
 void write(const double* values, int64_t n, ScalarType dtype, int64_t stride, void* data);
 
+// Copy past the caches: a store that misses first reads its line, which costs as much again.
+void stream(const void* values, int64_t bytes, void* data);
+void stream_fence();  // after the last of a thread's streams
+
 // A tensor seen as (row, mode, column), or (row, column) with a single mode.
 struct View {
   char* data = nullptr;
   ScalarType dtype = ScalarType::Float;
   int64_t item = 0, row = 0, mode = 0, column = 0;
+  bool streamed = false;  // an output too large to stay in a cache
 
   View() = default;
   explicit View(const Tensor& t)
@@ -71,11 +76,16 @@ struct View {
   // Where to write n numbers: in place, or in scratch that `store` then converts or drops.
   template <class A>
   A* target(int64_t n, int64_t m, int64_t j, A* scratch) const {
-    return data && direct<A>() ? reinterpret_cast<A*>(at(n, m, j)) : scratch;
+    return data && direct<A>() && !streamed ? reinterpret_cast<A*>(at(n, m, j)) : scratch;
   }
   template <class A>
   void store(int64_t n, int64_t m, int64_t j, int64_t count, const A* values) const {
-    if (data && !direct<A>()) write(values, count, dtype, column, at(n, m, j));
+    if (!data) return;
+    if (!direct<A>()) {
+      write(values, count, dtype, column, at(n, m, j));
+    } else if (streamed) {
+      stream(values, count * item, at(n, m, j));
+    }
   }
 };
 
@@ -91,6 +101,7 @@ void for_each_row_and_group(int64_t rows, int64_t groups, int64_t row_work, cons
       body(n, g);
       if (++g == groups) g = 0, ++n;
     }
+    stream_fence();
   });
 }
 
