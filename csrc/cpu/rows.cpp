@@ -1,7 +1,7 @@
 #include "rows.h"
 
 #if defined(__SSE2__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace mtkd::cpu {
@@ -108,18 +108,37 @@ MTKD_INLINE void write_any(const A* values, int64_t n, ScalarType dtype, int64_t
 
 }  // namespace
 
-void stream(const void* values, int64_t bytes, void* data) {
 #if defined(__SSE2__)
-  const char* from = static_cast<const char*>(values);
-  char* to = static_cast<char*>(data);
-  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & 15);
-  memcpy(to, from, head);
-  int64_t i = head;
-  for (; i + 16 <= bytes; i += 16) {
+namespace {
+
+// Whole 64-byte lines; `to` is aligned to one.
+void stream_lines(const char* from, char* to, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 16) {
     const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
     _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), part);
   }
-  memcpy(to + i, from + i, bytes - i);
+}
+
+__attribute__((target("avx512f"))) void stream_lines_avx512(const char* from, char* to,
+                                                            int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+}
+
+}  // namespace
+#endif
+
+void stream(const void* values, int64_t bytes, void* data) {
+#if defined(__SSE2__)
+  static const bool wide = __builtin_cpu_supports("avx512f");
+  const char* from = static_cast<const char*>(values);
+  char* to = static_cast<char*>(data);
+  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & 63);
+  const int64_t lines = (bytes - head) / 64 * 64;
+  memcpy(to, from, head);
+  wide ? stream_lines_avx512(from + head, to + head, lines)
+       : stream_lines(from + head, to + head, lines);
+  memcpy(to + head + lines, from + head + lines, bytes - head - lines);
 #else
   memcpy(data, values, bytes);
 #endif
