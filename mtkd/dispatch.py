@@ -25,7 +25,7 @@ exact. Function transforms (torch.func) and forward mode see the formulas too.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -99,6 +99,22 @@ class Loss:
     value_and_grad_: Callable[..., Tensor]
     sum: Callable[..., Tensor]
     formulas: Formulas
+    eager: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def matrix(self, *args: Any) -> Tensor:
+        """Return the matrix of losses; differentiable."""
+        return self._differentiable("forward")(*args)[0]  # type: ignore[no-any-return]
+
+    def weighted_sum(self, coefficient: Tensor, *args: Any) -> Tensor:
+        """Return the sum of coefficient times matrix; differentiable."""
+        return self._differentiable("sum")(coefficient, *args)  # type: ignore[no-any-return]
+
+    def _differentiable(self, role: str) -> Callable[..., Any]:
+        # an eager call may skip the dispatcher, whose way to the Autograd kernel below and back
+        # converts every argument twice
+        if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+            return getattr(self, role)  # type: ignore[no-any-return]
+        return self.eager[role]
 
     @property
     def operators(self) -> tuple[str, ...]:
@@ -204,14 +220,15 @@ def _register_autograd(loss: Loss) -> None:
 
         return call
 
+    loss.eager["forward"] = kernel(loss.forward, formulas.forward, _forward_function(loss))
+    loss.eager["sum"] = kernel(loss.sum, formulas.sum, _sum_function(loss))
     roles = {role: outside_autocast(getattr(loss, role)) for role in _SUFFIXES}
     for key in ("AutocastCPU", "AutocastCUDA"):
         loss.implement(key, **roles)
     loss.implement(
         "Autograd",
-        forward=kernel(loss.forward, formulas.forward, _forward_function(loss)),
         backward=kernel(loss.backward, formulas.backward, formulas.backward),
-        sum=kernel(loss.sum, formulas.sum, _sum_function(loss)),
+        **loss.eager,
     )
 
 

@@ -9,7 +9,7 @@ With weights w, mask m (True counts) and losses l, all over rows and teachers::
 A zero denominator, as when nothing counts, gives 0 and zero gradients.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,13 +21,11 @@ REDUCTIONS = ("none", "mean", "sum")
 class LossOperator(Protocol):
     """What `reduce` calls: the operators that ``dispatch.define`` makes."""
 
-    @property
-    def forward(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """The matrix of losses, first of two results."""
+    def matrix(self, *args: Any) -> Tensor:
+        """Return the matrix of losses."""
 
-    @property
-    def sum(self) -> Callable[..., Tensor]:
-        """The sum of coefficient times matrix."""
+    def weighted_sum(self, coefficient: Tensor, *args: Any) -> Tensor:
+        """Return the sum of coefficient times matrix."""
 
 
 def reduce(
@@ -74,7 +72,7 @@ def reduce(
         weight = weight.reshape(-1, teachers) if weight.dim() > 1 else weight
     if reduction == "none":
         pairs = zip(split_columns(mask, counts), calls, strict=True)
-        columns = [loss.forward(part, *call)[0] for part, call in pairs]
+        columns = [loss.matrix(part, *call) for part, call in pairs]
         matrix = columns[0] if len(columns) == 1 else torch.cat(columns, -1)
         return _weigh(matrix, weight, mask).reshape(shape)
     rows = 1
@@ -82,7 +80,7 @@ def reduce(
         rows *= size
     c = coefficients((rows, teachers), weight, mask, denominator, reduction, dtype, device)
     parts = zip(split_columns(c, counts), split_columns(mask, counts), calls, strict=True)
-    sums = [loss.sum(coefficient, part, *call) for coefficient, part, call in parts]
+    sums = [loss.weighted_sum(coefficient, part, *call) for coefficient, part, call in parts]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
@@ -113,7 +111,7 @@ def coefficients(
     return counted * torch.where(whole == 0, 0.0, 1.0 / torch.where(whole == 0, 1.0, whole))
 
 
-def split_columns(matrix: Tensor | None, counts: Sequence[int]) -> Sequence[Tensor | None]:
+def split_columns(matrix: Tensor | None, counts: Sequence[int]) -> Sequence[Any]:
     """Split the last dimension, one entry a teacher, by how many teachers each call holds."""
     if matrix is None:
         return [None] * len(counts)

@@ -90,10 +90,11 @@ MTKD_GAUSSIAN_LOOPS(double)
 struct Inputs {
   View mean, log_std, target, logits, mask;
   std::vector<int64_t> offsets;
+  std::vector<double> scales;   // of each teacher's loss: 1 / width with per_dim
   std::vector<int64_t> groups;  // first teacher of each: one long teacher, or several short ones
   int64_t rows, modes, teachers;
   double bound;
-  bool per_dim, full;
+  bool full;
 };
 
 struct Outputs {
@@ -177,17 +178,12 @@ A constant_of(const Inputs& in, int64_t t) {
   return in.full ? static_cast<A>(gaussian::kHalfLog2Pi) * static_cast<A>(width) : A(0);
 }
 
-template <class A>
-A scale_of(const Inputs& in, int64_t t) {
-  return in.per_dim ? A(1) / static_cast<A>(in.offsets[t + 1] - in.offsets[t]) : A(1);
-}
-
 // The loss of one row and teacher, and with a coefficient (rows, teachers) its scaled gradients.
 template <class A>
 void long_teacher(const Inputs& in, const Outputs& out, const View& coefficient, int64_t n,
                   int64_t t) {
   if (!counts(in, n, t)) return write_zeros<A>(in, out, n, t);
-  const A constant = constant_of<A>(in, t), scale = scale_of<A>(in, t);
+  const A constant = constant_of<A>(in, t), scale = static_cast<A>(in.scales[t]);
   A grad_value = 0;
   if (coefficient) grad_value = scale * coefficient.get<A>(n, 0, t);
   const A* grad = coefficient ? &grad_value : nullptr;
@@ -204,7 +200,7 @@ void short_teachers(const Inputs& in, const Outputs& out, const View& coefficien
   A grad[kBlock], sums[kBlock];
   const int64_t begin = in.offsets[first], columns = in.offsets[last] - begin;
   for (int64_t t = first; t < last; ++t) {
-    const A value = coefficient ? scale_of<A>(in, t) * coefficient.get<A>(n, 0, t) : A(0);
+    const A value = coefficient ? static_cast<A>(in.scales[t]) * coefficient.get<A>(n, 0, t) : A(0);
     std::fill(grad + (in.offsets[t] - begin), grad + (in.offsets[t + 1] - begin), value);
   }
   A* mean_grad = out.mean_grad.target(n, 0, begin, scratch[3]);
@@ -220,7 +216,8 @@ void short_teachers(const Inputs& in, const Outputs& out, const View& coefficien
     if (!counts(in, n, t)) {
       write_zeros<A>(in, out, n, t);
     } else {
-      out.loss.put(n, 0, t, scale_of<A>(in, t) * (sums[t - first] + constant_of<A>(in, t)));
+      out.loss.put(n, 0, t,
+                   static_cast<A>(in.scales[t]) * (sums[t - first] + constant_of<A>(in, t)));
     }
   }
 }
@@ -276,9 +273,11 @@ struct Problem {
     STD_TORCH_CHECK(mean.dim() == inner && log_std.dim() == inner && target.dim() == 2,
                     "gaussian_nll: mean and log_std are (N, D), or (N, M, D) with mode_logits");
     in.offsets = offsets_of(dims);
+    for (int64_t width : dims)
+      in.scales.push_back(per_dim ? 1.0 / static_cast<double>(width) : 1.0);
     in.rows = mean.size(0), in.modes = mode_logits ? mean.size(1) : 1, in.teachers = dims.size();
     in.groups = mode_logits ? each_teacher(in.teachers) : group_short(in.offsets);
-    in.bound = bound.value_or(0.0), in.per_dim = per_dim, in.full = full;
+    in.bound = bound.value_or(0.0), in.full = full;
     for (int64_t i = 0; i < inner; ++i)
       STD_TORCH_CHECK(log_std.size(i) == mean.size(i), "gaussian_nll: mean and log_std differ");
     STD_TORCH_CHECK(target.size(0) == in.rows && target.size(1) == in.offsets.back() &&

@@ -30,7 +30,7 @@ def check_tensor(name: str, tensor: Any, device: torch.device | None = None) -> 
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
     """Raise ValueError unless `tensor` has the expected shape."""
-    if tensor.shape != torch.Size(expected):
+    if tensor.shape != expected:
         raise ValueError(
             f"{name}: expected shape {tuple(expected)}, got shape {tuple(tensor.shape)}"
         )
@@ -48,8 +48,9 @@ def check_target(name: str, target: Any, device: torch.device) -> None:
 
 def check_dims(dims: Sequence[int] | None, width: int, name: str) -> tuple[int, ...]:
     """Return the teachers' widths, which must be positive and sum to the columns of `name`."""
-    if dims is None:
-        dims = (width,)
+    if dims is None and width > 0:
+        return (width,)
+    dims = (width,) if dims is None else dims
     if not is_sequence(dims):
         raise TypeError(f"dims: expected a sequence of widths, got {type(dims).__name__}")
     widths = tuple(dims)

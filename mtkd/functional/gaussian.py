@@ -20,6 +20,7 @@ from .checks import (
     group_teachers,
 )
 
+ROW_NAMES = ("mean", "log_std", "target")
 Tensors = Tensor | Sequence[Tensor]
 
 
@@ -144,19 +145,21 @@ def _leading(group: Group, mode_logits: Any) -> torch.Size:
 
 def _row_arguments(group: Group, leading: torch.Size, inner: int) -> tuple[Any, ...]:
     """Check a group; return its dims and its tensors with rows as their only leading dimension."""
-    (mean, log_std, target), suffix = group.tensors, group.suffix
-    check_tensor(f"mean{suffix}", mean)
-    check_tensor(f"log_std{suffix}", log_std, mean.device)
-    check_target(f"target{suffix}", target, mean.device)
-    check_shape(f"mean{suffix}", mean, (*leading, *mean.shape[-inner:]))
-    check_shape(f"log_std{suffix}", log_std, mean.shape)
-    check_shape(f"target{suffix}", target, (*leading, mean.shape[-1]))
-    dims = check_dims(group.dims, mean.shape[-1], f"mean{suffix}")
+    mean, log_std, target = group.tensors
+    mean_name, log_std_name, target_name = (name + group.suffix for name in ROW_NAMES)
+    check_tensor(mean_name, mean)
+    device, shape = mean.device, mean.shape
+    check_tensor(log_std_name, log_std, device)
+    check_target(target_name, target, device)
+    check_shape(mean_name, mean, (*leading, *shape[-inner:]))
+    check_shape(log_std_name, log_std, shape)
+    check_shape(target_name, target, (*leading, shape[-1]))
+    dims = check_dims(group.dims, shape[-1], mean_name)
     if len(leading) == 1:
         return dims, mean, log_std, target
     rows = leading.numel()
-    shape = (rows, *mean.shape[-inner:])
-    return dims, mean.reshape(shape), log_std.reshape(shape), target.reshape(rows, -1)
+    flat = (rows, *shape[-inner:])
+    return dims, mean.reshape(flat), log_std.reshape(flat), target.reshape(rows, shape[-1])
 
 
 def _mode_logits(mode_logits: Tensor | None, teachers: int, device: torch.device) -> Tensor | None:
