@@ -44,7 +44,7 @@ def run(case: Case, quick: bool, probes: dict[str, float]) -> dict[str, Any]:
         raise SystemExit(f"{case.name}: error {error:.1e} against float64: not timed")
     problem = PROBLEMS[case.loss](case)
     steps = problem.steps()
-    times, first = measure.interleaved(steps, problem.clear, 0.5 if quick else 4.0)
+    times, first = measure.interleaved(steps, problem.clear, 0.5 if quick else 3.0)
     peak = measure.peak_bytes(steps["ours"], problem.clear)
     floor = problem.floor_bytes() / (probes["copy_gbs"] * 1e9)
     floor = max(floor, times.get("gemms", 0.0))

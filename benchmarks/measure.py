@@ -1,8 +1,8 @@
 """Timing, memory and the machine: medians of interleaved steps, ceilings of the same run."""
 
+import ctypes
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 Step = Callable[[], Any]
+SLOW = 8.0  # seconds of a call that is not worth repeating
 
 # glibc that keeps and reuses freed memory, so that no call pays for fresh pages
 WARM = {
@@ -33,13 +34,19 @@ def seconds(step: Step) -> float:
 def interleaved(
     steps: dict[str, Step], clear: Step, budget: float, fewest: int = 5, most: int = 60
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Median and first-call seconds of each step, taken in turn until the budget is spent."""
+    """Median and first-call seconds of each step, taken in turn until the budget is spent.
+
+    A step whose first call is hopelessly slow is not called again, and dropped from `steps`.
+    """
     first = {}
-    for name, step in steps.items():
+    for name, step in list(steps.items()):
         clear()
         first[name] = seconds(step)
-        clear()
-        step()
+        if first[name] > SLOW:
+            del steps[name]
+        else:
+            clear()
+            step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     start = time.perf_counter()
     for turn in range(most):
@@ -64,11 +71,12 @@ def peak_bytes(step: Step, clear: Step) -> int | None:
     """
     try:
         clear()
+        ctypes.CDLL(None).malloc_trim(0)  # free memory that is still resident would hide a peak
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
         step()
         return _status("VmHWM") - before
-    except OSError:
+    except (OSError, AttributeError):
         return None
 
 
@@ -132,8 +140,3 @@ def import_seconds(repeats: int = 7) -> dict[str, float]:
     ]
     pairs = [tuple(map(float, run.stdout.split())) for run in runs]
     return {"torch": median(a for a, _ in pairs), "mtkd.functional": median(b for _, b in pairs)}
-
-
-def peak_process_bytes() -> int:
-    """Most resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

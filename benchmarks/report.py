@@ -59,3 +59,33 @@ def asked(case: Case, regime: str, result: dict[str, Any]) -> list[str]:
             verdict = "reached" if got >= wanted else "NOT reached"
             rows.append(f"    asked {wanted:.2f}x of {baseline}: {got:.2f}x, {verdict}")
     return rows
+
+
+def markdown(path: Path) -> str:
+    """The results of a file as Markdown tables, one a regime."""
+    data = json.loads(path.read_text())
+    machine = data["machine"]
+    text = [
+        f"Measured {path.name[:10]} on {machine['cpu']} ({machine['cores']} cores, SIMD"
+        f" {machine['simd']}), {machine['threads']} threads, torch {machine['torch']}.\n"
+    ]
+    for regime in ("cold", "warm"):
+        probes = ", ".join(f"{k} {v:.0f}" for k, v in data["probes"][regime].items() if k != "load")
+        names = " | ".join(f"{name} / ours" for name in BASELINES)
+        text += [f"### {regime}\n", f"Ceilings of the run: {probes}.\n"]
+        text += [f"| case | ours, ms | {names} | of floor | extra, MiB |"]
+        text += ["|---|---|" + "---|" * (len(BASELINES) + 2)]
+        for case, result in data[regime].items():
+            times = result["milliseconds"]
+            ratios = [f"{times[b] / times['ours']:.2f}" if b in times else "" for b in BASELINES]
+            share, extra = f"{100 * result['share_of_floor']:.0f} %", f"{result['extra_mib']:.0f}"
+            cells = [case, f"{times['ours']:.2f}", *ratios, share, extra]
+            text.append("| " + " | ".join(cells) + " |")
+        text.append("")
+    if "imports" in data:
+        taken = data["imports"]["seconds"]
+        text.append(
+            f"`import torch` takes {taken['torch']:.2f} s; `import mtkd.functional` adds"
+            f" {taken['mtkd.functional']:.3f} s."
+        )
+    return "\n".join(text)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 import mtkd.functional as F
+from mtkd import ops
 from mtkd.testing import assert_close
 
 DOUBLE = torch.float64
@@ -152,3 +153,30 @@ def test_mode_logits_of_minus_infinity_switch_a_mode_off():
     (grad,) = torch.autograd.grad(loss, mean)
     assert grad.isfinite().all()
     assert not grad[:, 1].any()
+
+
+@given(
+    rows=st.integers(1, 5),
+    dims=st.lists(
+        st.sampled_from([1, 2, 15, 16, 95, 96, 97, 130, 1023, 1025]), min_size=1, max_size=6
+    ),
+    modes=st.integers(0, 3),
+    bound=st.sampled_from([None, 0.5]),
+    data=st.data(),
+)
+def test_any_shape_and_mask(rows, dims, modes, bound, data):
+    entries = st.lists(st.booleans(), min_size=rows * len(dims), max_size=rows * len(dims))
+    mask = torch.tensor(data.draw(entries)).reshape(rows, len(dims))
+    generator = torch.Generator().manual_seed(0)
+    inner = (modes,) if modes else ()
+    mean, log_std = torch.randn(2, rows, *inner, sum(dims), generator=generator, dtype=DOUBLE)
+    target = torch.randn(rows, sum(dims), generator=generator, dtype=DOUBLE)
+    logits = torch.randn(rows, modes, len(dims), dtype=DOUBLE) if modes else None
+    args = (mask, tuple(dims), mean, log_std, target, logits, bound, True, True)
+    c = torch.rand(rows, len(dims), generator=generator, dtype=DOUBLE)
+    matrix, *gradients = ops.gaussian_nll.value_and_grad(c, *args, [True, True, modes > 0])
+    assert_close(matrix, ops.gaussian_nll.formulas.matrix(*args), DOUBLE)
+    expected = ops.gaussian_nll.formulas.gradient(c, *args)
+    for got, want in zip(gradients, expected, strict=True):
+        if want is not None:
+            assert_close(got, want, DOUBLE, factor=10)

@@ -1,5 +1,6 @@
 """Packed parameters whose parts have a teacher's own names in the state dict."""
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ class Piece(NamedTuple):
     where: tuple[Any, ...]  # its index in the parameter
 
 
-class PackedModule(nn.Module):
+class PackedModule(nn.Module, ABC):
     """A module whose state dict holds parts of its parameters, as `pieces` lists them.
 
     Teachers are found by name, so their order may differ between what is saved and what loads.
@@ -27,9 +28,9 @@ class PackedModule(nn.Module):
         self.register_state_dict_post_hook(_split)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_join)  # type: ignore[no-untyped-call]
 
+    @abstractmethod
     def pieces(self) -> Iterator[Piece]:
         """Yield every part of every parameter, once."""
-        raise NotImplementedError
 
 
 def _split(module: PackedModule, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
