@@ -25,6 +25,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
+    parser.add_argument("--markdown", type=Path, help="print a result file as tables and stop")
     parser.add_argument(
         "--regime", choices=["cold", "warm"], help="default: both, in two processes"
     )
@@ -88,6 +89,9 @@ def imports(options: argparse.Namespace) -> None:
 def main() -> None:
     """Run what the command line asks for; each regime in a process of its own."""
     options = arguments()
+    if options.markdown:
+        print(report.markdown(options.markdown))
+        return
     if options.list:
         print(*(case.name for case in chosen(options)), sep="\n")
         return

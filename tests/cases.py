@@ -1,7 +1,8 @@
 """The table of cases: one line a loss and configuration; generic tests run over all of them.
 
 A case makes an operator's arguments, mask and dims first, in any dtype. Sizes are ragged, above
-one block of 1024 columns, and on both sides of what kernels treat as a short teacher.
+one block of 1024 columns, and on both sides of what kernels treat as a short teacher; gradients of
+the large cases, above 4 MiB, are streamed past the caches.
 """
 
 from collections.abc import Callable
@@ -84,6 +85,7 @@ def linear_gaussian(
     masked: bool = False,
     bound: float | None = 1.0,
     workspace: int = 1 << 20,
+    stash: bool = False,
 ) -> Arguments:
     """Arguments of linear_gaussian_nll; modes=0 has no mode weights."""
     width, inner = sum(dims), (modes,) if modes else ()
@@ -95,7 +97,7 @@ def linear_gaussian(
     target = _normal(generator, dtype, rows, width)
     mask = _mask(generator, rows, len(dims), masked)
     layers = (input, weight, offset, mode_weight, mode_bias, target)
-    return mask, dims, *layers, bound, True, False, workspace, False
+    return mask, dims, *layers, bound, True, False, workspace, stash
 
 
 G, L = ops.gaussian_nll, ops.linear_gaussian_nll
@@ -107,10 +109,14 @@ CASES = (
     Case("gaussian-bound", G, gaussian, RAGGED, 9, {"bound": 1.5, "per_dim": False}),
     Case("gaussian-many", G, gaussian, MANY, 33, {"masked": True, "bound": 1.0}),
     Case("gaussian-one", G, gaussian, (5000,), 1),
+    Case("gaussian-large", G, gaussian, RAGGED, 701, {"masked": True}),
     Case("mixture-tiny", G, gaussian, TINY, 5, {"modes": 3, "full": True}),
     Case("mixture-ragged", G, gaussian, RAGGED, 7, {"modes": 2, "masked": True}, POSTERIOR),
+    Case("mixture-large", G, gaussian, (1201, 1, 600), 331, {"modes": 2}, POSTERIOR),
     Case("mixture-single", G, gaussian, (4, 6), 8, {"modes": 1, "bound": 2.0}),
     Case("linear-tiny", L, linear_gaussian, TINY, 5),
+    Case("linear-stash", L, linear_gaussian, TINY, 6, {"modes": 2, "masked": True, "stash": True}),
+    Case("linear-one", L, linear_gaussian, (2500,), 1, {"masked": True, "stash": True}),
     Case("linear-ragged", L, linear_gaussian, RAGGED, 70, {"masked": True, "workspace": 100_000}),
     Case("linear-rows", L, linear_gaussian, (30, 70), 4500, {"bias": False, "workspace": 3 << 20}),
     Case("linear-mixture", L, linear_gaussian, (40, 9, 2), 300, {"modes": 3, "workspace": 200_000}),

@@ -155,6 +155,9 @@ def test_mode_logits_of_minus_infinity_switch_a_mode_off():
     assert not grad[:, 1].any()
 
 
+WIDTHS = [1, 2, 15, 16, 95, 96, 97, 130, 1023, 1025]  # around what kernels treat as short, a block
+
+
 @given(
     rows=st.integers(1, 5),
     dims=st.lists(
