@@ -43,6 +43,7 @@ _SUFFIXES = {
 _LIBRARY.define("advise_huge_pages(Tensor x) -> ()")
 _LIBRARY.impl("advise_huge_pages", lambda x: None, "CompositeExplicitAutograd")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -278,7 +279,7 @@ def _sum_function(loss: Loss) -> Callable[..., Tensor]:
                 matrix, *kept = loss.forward(*args)
             if torch.is_grad_enabled() or ctx.half:
                 kept = list(loss.backward(upstream * coefficient, *kept, *args, wanted))
-            elif not _is_one(upstream):
+            elif not _is_one(upstream) or _graph_is_kept():  # a later pass wants them untouched
                 kept = [upstream * grad for grad in kept]
             to_coefficient = upstream * matrix if ctx.needs_input_grad[0] else None
             return (to_coefficient, *_spread(loss, kept, wanted))

@@ -51,6 +51,60 @@ def test_compile_fullgraph(function, make, reduction):
         assert_close(got, want, torch.float32)
 
 
+def test_compile_a_mixture_with_learned_weights_for_any_batch():
+    def loss(mean, log_std, target, logits, weight):
+        options = {"mode_logits": logits, "weight": weight, "bound": 1.0}
+        return F.gaussian_nll(mean, log_std, target, DIMS, **options)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for rows in (4, 7):
+        torch.manual_seed(rows)
+        mean, log_std = torch.randn(2, rows, 2, WIDTH)
+        leaves = [mean, log_std, torch.randn(rows, 2, len(DIMS)), torch.rand(len(DIMS))]
+        leaves = [x.clone().requires_grad_() for x in leaves]
+        target = torch.randn(rows, WIDTH)
+        results = []
+        for function in (loss, compiled):
+            value = function(*leaves[:2], target, *leaves[2:])
+            results.append((value, *torch.autograd.grad(2 * value, leaves)))
+        for want, got in zip(*results, strict=True):
+            assert_close(got, want, torch.float32, factor=3)
+
+
+@pytest.mark.parametrize(("function", "make"), LOSSES)
+def test_compile_a_teacher_a_tensor(function, make):
+    torch._dynamo.reset()
+    first, second, target = make()
+    shared = function is F.linear_gaussian_nll
+    firsts = [first] * len(DIMS) if shared else list(first.split(DIMS, -1))
+    seconds, targets = list(second.split(DIMS, 1)), list(target.split(DIMS, -1))
+    compiled = torch.compile(function, fullgraph=True)(firsts, seconds, targets)
+    assert_close(compiled, function(first, second, target, DIMS), torch.float32)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(("function", "make"), LOSSES)
+def test_meta_tensors_whose_data_nothing_may_look_at(function, make, reduction):
+    first, second, target = (x.to("meta") for x in make())
+    leaves = first.requires_grad_(), second.requires_grad_()
+    options = {"mask": torch.ones(ROWS, len(DIMS), dtype=torch.bool, device="meta")}
+    options["weight"] = torch.ones(len(DIMS), device="meta", requires_grad=True)
+    if reduction == "mean":
+        options["denominator"] = torch.ones((), device="meta")
+    loss = function(*leaves, target, DIMS, reduction=reduction, **options)
+    assert loss.shape == ((ROWS, len(DIMS)) if reduction == "none" else ())
+    gradients = torch.autograd.grad(loss.sum(), leaves)
+    assert [grad.shape for grad in gradients] == [leaf.shape for leaf in leaves]
+
+
+@pytest.mark.parametrize(("function", "make"), LOSSES)
+def test_inference_mode(function, make):
+    inputs = make()
+    with torch.inference_mode():
+        assert torch.equal(function(*inputs, DIMS), function(*inputs, DIMS))
+
+
 @pytest.mark.parametrize(("function", "make"), LOSSES)
 def test_export(function, make):
     class Loss(torch.nn.Module):
@@ -106,6 +160,22 @@ def test_function_transforms_see_the_formula(function, make):
     tangent = torch.randn_like(first)
     _, derivative = torch.func.jvp(loss, (first,), (tangent,))
     assert_close(derivative, (to_first * tangent).sum(), torch.float64)
+
+
+@pytest.mark.parametrize(("function", "make"), LOSSES)
+def test_gradient_of_each_sample(function, make):
+    first, second, target = make(torch.float64)
+    own = 0 if function is F.gaussian_nll else None  # a layer is shared by the samples
+
+    def loss(first, second, target):
+        return function(first, second, target, DIMS)
+
+    each = torch.vmap(torch.func.grad(loss, (0, 1)), (0, own, 0))(first, second, target)
+    for n in range(ROWS):
+        one = second if own is None else second[n : n + 1]
+        _, expected = run(function, (first[n : n + 1], one, target[n : n + 1]))
+        for got, want in zip(each, expected, strict=True):
+            assert_close(0.5 * got[n], want.reshape(got[n].shape), torch.float64)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")

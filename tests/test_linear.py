@@ -103,7 +103,7 @@ def test_inputs_of_their_own(modes, reduction):
     options = {}
     if modes:
         modes_of = [torch.randn(modes, 1, width, dtype=torch.float64) for width in widths]
-        options["mode_weight"] = modes_of
+        options["mode_weight"] = [weight.requires_grad_() for weight in modes_of]
     together = F.linear_gaussian_nll(xs, weights, targets, reduction=reduction, **options)
     singles = []
     for t in range(3):
@@ -112,8 +112,11 @@ def test_inputs_of_their_own(modes, reduction):
         singles.append(F.linear_gaussian_nll(xs[t], weights[t], targets[t], **own))
     matrix = torch.cat(singles, -1)
     assert_close(together, matrix if reduction == "none" else matrix.mean(), torch.float64)
-    together.sum().backward()
-    assert all(x.grad is not None for x in (*xs, *weights))
+    whole = matrix.sum() if reduction == "none" else matrix.mean()
+    leaves = [*xs, *weights, *options.get("mode_weight", [])]
+    gradients = [torch.autograd.grad(loss, leaves) for loss in (together.sum(), whole)]
+    for got, want in zip(*gradients, strict=True):
+        assert_close(got, want, torch.float64)
 
 
 def test_workspace_is_restored_and_checked():

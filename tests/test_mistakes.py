@@ -1,7 +1,8 @@
 """Mistakes seen in comparable libraries: each is a test here, named after the mistake.
 
-Two are held by tests elsewhere: retained graphs and requires_grad subsets in test_autograd.py,
-results that depend on chunk size in test_linear.py.
+Held elsewhere, generically: any order and subset of derivatives in test_autograd.py, results that
+depend on chunk size in test_linear.py, strides and -inf logits in test_gaussian.py, autocast in
+test_compile.py, DTensor in test_errors.py.
 """
 
 import math
@@ -43,14 +44,75 @@ BOTH = [
 ]
 
 
+@pytest.mark.parametrize("leading", [(6,), (2, 3)], ids=str)  # a view of what is stored, or that
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize(("function", "make"), BOTH)
-def test_empty_or_all_masked_batch(function, make):
+def test_second_backward_is_neither_stale_nor_tripled(function, make, reduction, leading):
+    first, second, target = make()
+    arguments = [x.reshape(*leading, -1) if len(x) == 6 else x for x in (first, second, target)]
+    loss = function(*arguments, DIMS, reduction=reduction)
+    gradients = []
+    for upstream in (torch.ones_like(loss), torch.ones_like(loss), torch.full_like(loss, 3.0)):
+        first.grad = second.grad = None
+        loss.backward(upstream, retain_graph=True)
+        gradients.append((first.grad.clone(), second.grad.clone()))
+        first.grad.zero_(), second.grad.zero_()  # as an optimiser might, in place
+    for once, again, thrice in zip(*gradients, strict=True):
+        assert once.any()
+        assert torch.equal(once, again)
+        assert_close(thrice, 3 * once, torch.float32)
+
+
+@pytest.mark.parametrize(("function", "make"), BOTH)
+def test_stale_arguments_are_an_error(function, make):
+    first, second, target = make()
+    for changed in (first, second, target):
+        loss = function(first, second, target, DIMS)
+        with torch.no_grad():
+            changed.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_frozen_input_does_not_freeze_the_weight(reduction):
+    x, weight, target = fused()
+    bias = torch.randn(2, D, requires_grad=True)
+
+    def gradients(x, weight, bias):
+        options = {"linear_bias": bias, "reduction": reduction}
+        loss = F.linear_gaussian_nll(x, weight, target, DIMS, **options)
+        leaves = [leaf for leaf in (x, weight, bias) if leaf.requires_grad]
+        return torch.autograd.grad(loss.sum(), leaves)
+
+    expected = gradients(x, weight, bias)
+    assert all(grad.any() for grad in expected)
+    of_layer = gradients(x.detach(), weight, bias)
+    of_input = gradients(x, weight.detach(), bias.detach())
+    for frozen, whole in zip((*of_input, *of_layer), expected, strict=True):
+        assert torch.equal(frozen, whole)
+
+
+@pytest.mark.parametrize(("function", "make"), BOTH)
+def test_masked_rows_leave_numerator_and_denominator(function, make):
+    first, second, target = make()
+    mask = torch.zeros(6, len(DIMS), dtype=torch.bool)
+    mask[:2] = True
+    own = second if function is F.linear_gaussian_nll else second[:2]
+    fewer = function(first[:2], own, target[:2], DIMS)
+    assert_close(function(first, second, target, DIMS, mask=mask), fewer, torch.float32)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize(("function", "make"), BOTH)
+def test_empty_or_all_masked_batch(function, make, reduction):
     for rows, masked in ((0, False), (5, True)):
         first, second, target = make(rows)
         mask = torch.zeros(rows, len(DIMS), dtype=torch.bool) if masked else None
-        loss = function(first, second, target, DIMS, mask=mask)
-        gradients = torch.autograd.grad(loss, (first, second))
-        assert loss == 0
+        loss = function(first, second, target, DIMS, mask=mask, reduction=reduction)
+        gradients = torch.autograd.grad(loss.sum(), (first, second))
+        assert loss.shape == ((rows, len(DIMS)) if reduction == "none" else ())
+        assert not loss.any()
         for grad, x in zip(gradients, (first, second), strict=True):
             assert grad.shape == x.shape
             assert not grad.any()
@@ -70,6 +132,40 @@ def test_masked_entries_count_nowhere_whatever_they_hold(reduction, poison):
         results.append((loss, *torch.autograd.grad(loss.sum(), leaves)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert not results[0][1][~columns].any()
+
+
+@pytest.mark.parametrize("poison", [math.nan, -math.inf])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_masked_entries_of_mixtures_count_nowhere(reduction, poison):
+    torch.manual_seed(0)
+    mask = torch.rand(6, len(DIMS)) > 0.4
+    columns = mask.repeat_interleave(torch.tensor(DIMS), 1)
+    mean, log_std = torch.randn(2, 6, 2, D)
+    target, logits = torch.randn(6, D), torch.randn(6, 2, len(DIMS))
+    results = []
+    for fill in (0.0, poison):
+        leaves = [x.masked_fill(~columns[:, None], fill).requires_grad_() for x in (mean, log_std)]
+        leaves.append(logits.masked_fill(~mask[:, None], fill).requires_grad_())
+        targets = target.masked_fill(~columns, fill)
+        options = {"mode_logits": leaves[2], "mask": mask, "reduction": reduction}
+        loss = F.gaussian_nll(*leaves[:2], targets, DIMS, bound=1.0, **options)
+        results.append((loss, *torch.autograd.grad(loss.sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 1 << 28])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_masked_targets_of_a_linear_loss_count_nowhere(reduction, size):
+    x, weight, target = fused()
+    mask = torch.rand(6, len(DIMS)) > 0.4
+    columns = mask.repeat_interleave(torch.tensor(DIMS), 1)
+    results = []
+    for fill in (0.0, math.nan):
+        with linear.workspace(size):
+            targets = target.masked_fill(~columns, fill)
+            loss = F.linear_gaussian_nll(x, weight, targets, DIMS, mask=mask, reduction=reduction)
+            results.append((loss, *torch.autograd.grad(loss.sum(), (x, weight))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_input_rows_that_count_for_no_teacher_may_hold_nan():
@@ -131,9 +227,14 @@ def test_offsets_beyond_32_bits():
     mean = storage.as_strided((2, 1500), (step, 1))
     mean.copy_(torch.randn(2, 1500))
     log_std, target = torch.zeros(2, 1500), torch.randn(2, 1500)
-    far = F.gaussian_nll(mean, log_std, target, (1000, 500), reduction="none")
-    near = F.gaussian_nll(mean.contiguous(), log_std, target, (1000, 500), reduction="none")
-    assert torch.equal(far, near)
+    dims = (1000, 40, 60, 400)
+    results = []
+    for x in (mean, mean.contiguous()):
+        leaf = x.detach().requires_grad_()
+        for arguments in ((leaf, log_std, target), (log_std, log_std, leaf.detach())):
+            results.append(F.gaussian_nll(*arguments, dims, reduction="none"))
+        results.append(torch.autograd.grad(F.gaussian_nll(leaf, log_std, target, dims), leaf)[0])
+    assert all(torch.equal(far, near) for far, near in zip(results[:3], results[3:], strict=True))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -174,6 +275,16 @@ def test_float16_gradients_survive_with_a_loss_scale():
         scaled, torch.autograd.grad(F.gaussian_nll(*exact, target, DIMS), exact), strict=True
     ):
         assert_close(got.double() / 2**16, want, torch.float16)
+
+
+@pytest.mark.parametrize(("function", "make"), BOTH)
+def test_gradients_changed_in_place_are_never_stale(function, make):
+    first, second, target = make()
+    loss = function(first, second, target, DIMS)
+    (grad,) = torch.autograd.grad(loss, first, retain_graph=True)
+    kept = grad.clone()
+    grad.mul_(100)
+    assert torch.equal(torch.autograd.grad(loss, first)[0], kept)
 
 
 def test_gradients_given_away_are_not_shared():

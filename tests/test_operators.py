@@ -5,6 +5,7 @@ import torch
 from cases import CASES, TINY_CASES
 from implementations import DTYPES, IMPLEMENTATIONS
 
+from mtkd import ops
 from mtkd.testing import assert_close, cast, poisoned_memory
 
 DOUBLE = torch.float64
@@ -22,6 +23,14 @@ def coefficient(case, dtype):
 
 def accumulate(dtype):
     return DOUBLE if dtype == DOUBLE else torch.float32
+
+
+@pytest.mark.skipif(ops.extension is None, reason="built without the extension")
+@pytest.mark.parametrize("loss", ops.LOSSES, ids=lambda loss: loss.name)
+def test_compiled_means_compiled(loss):
+    for role in ("", "_backward", "_value_and_grad"):  # else the formula is compared with itself
+        name = f"mtkd::{loss.name}{role}"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -104,3 +104,41 @@ def test_learned_weights_of_many_rows_are_exact_in_float32():
     (got,), (want,) = torch.autograd.grad(loss, weight), torch.autograd.grad(exact, double)
     # the gradient is a difference of sums of 20000 terms that nearly cancel
     assert_close(got, want, torch.float32, factor=30)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_weights_that_are_all_zero(reduction):
+    mean, log_std, target = inputs(4)
+    weight = torch.zeros(len(DIMS), dtype=DOUBLE, requires_grad=True)
+    loss = F.gaussian_nll(mean, log_std, target, DIMS, weight=weight, reduction=reduction)
+    gradients = torch.autograd.grad(loss.sum(), [mean, log_std, weight])
+    assert not loss.any()
+    assert not any(grad.any() for grad in gradients[:2])
+    assert gradients[2].isfinite().all()
+
+
+def test_weights_of_masked_entries_may_be_nan():
+    mean, log_std, target = inputs(4)
+    mask = torch.tensor([True, False, True]).expand(4, 3)
+    results = []
+    for fill in (0.0, float("nan")):
+        weight = torch.full((4, 3), 0.5, dtype=DOUBLE).masked_fill(~mask, fill).requires_grad_()
+        loss = F.gaussian_nll(mean, log_std, target, DIMS, mask=mask, weight=weight)
+        results.append((loss, *torch.autograd.grad(loss, [mean, log_std, weight])))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_second_derivatives_with_learned_weights(reduction):
+    torch.manual_seed(0)
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    leaves = [x[:2].detach().requires_grad_() for x in inputs(2)[:2]]
+    weight = torch.rand(len(DIMS), dtype=DOUBLE, requires_grad=True)
+    target = inputs(2)[2]
+
+    def loss(mean, log_std, weight):
+        options = {"weight": weight, "mask": mask, "reduction": reduction, "bound": 2.0}
+        return F.gaussian_nll(mean, log_std, target, DIMS, **options)
+
+    assert torch.autograd.gradcheck(loss, [*leaves, weight], fast_mode=True)
+    assert torch.autograd.gradgradcheck(loss, [*leaves, weight], fast_mode=True)
