@@ -108,10 +108,8 @@ def operators_of(function: Callable[..., Any]) -> Loss:
 
 
 G, L = operators_of(F.gaussian_nll), operators_of(F.linear_gaussian_nll)
-# A posterior's relative error is the absolute error of energies, sums over D_t columns. Each term
-# is off by up to 2^-24 of its size ~ 1, at random: 2^-24 sqrt(1500) = 2e-6, and in a sum of 16
-# vector lanes every partial sum, up to 1500 / 16, is rounded ~ 100 times:
-# 2^-24 * 94 * sqrt(100) = 6e-5 when all lanes and modes conspire, a tenth of it at random.
+# A posterior's relative error is the absolute error of its energies: the roundings, 2^-24 of 1500
+# terms of size ~ 1, add up at random to 2^-24 sqrt(1500) = 2e-6, those of partial sums to as much.
 POSTERIOR = 6
 SUMS = 5  # in the gradient to an input, one row's sum of 5000 terms that cancel
 CASES = (

@@ -137,6 +137,13 @@ def test_autocast_casts_the_operands_of_linear_and_nothing_else():
         assert_close(got, want, torch.bfloat16)
 
 
+def test_autocast_leaves_float64_alone():
+    inputs = linear_inputs(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = F.linear_gaussian_nll(*inputs, DIMS)
+    assert torch.equal(inside, F.linear_gaussian_nll(*inputs, DIMS))
+
+
 @pytest.mark.parametrize(("function", "make"), LOSSES)
 def test_checkpointing(function, make):
     def checkpointed(*args, **options):

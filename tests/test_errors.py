@@ -51,6 +51,12 @@ CASES = [
     (row, {"dims": (3.0, 5.0)}, TypeError, r"dims: expected integers, got \(3.0, 5.0\)"),
     (row, {"bound": 0.0}, ValueError, "bound: expected None or a positive finite number, got 0.0"),
     (row, {"bound": float("inf")}, ValueError, "bound: .*got inf"),
+    (row, {"bound": float("nan")}, ValueError, "bound: .*got nan"),
+    (row, {"bound": "1"}, ValueError, "bound: .*got '1'"),
+    (row, {"mean": Z(())}, ValueError, r"mean: expected shape \(\*, D\), got a 0-dim tensor"),
+    (row, {"target": Z(N, D).to_sparse()}, TypeError, "target: expected a dense tensor, got .*coo"),
+    (row, {"mean": Z(N, D, dtype=torch.complex64)}, TypeError, "mean: .*torch.complex64"),
+    (row, {"weight": Z(2, device="meta")}, ValueError, "weight: expected device cpu, got meta"),
     (row, {"reduction": "avg"}, ValueError, "reduction: .* one of none, mean, sum, got 'avg'"),
     (row, {"weight": Z(3)}, ValueError, r"weight: .* shape \(2,\) or \(4, 2\), got \(3,\)"),
     (row, {"weight": Z(2, dtype=torch.int64)}, TypeError, "weight: .*torch.int64"),
@@ -84,6 +90,14 @@ CASES = [
     (linear, {"target": Z(N, D + 1)}, ValueError, r"target: expected shape \(4, 8\)"),
     (linear, {"mode_weight": Z(2, 2, H)}, ValueError, r"linear_weight: .*\(2, M, D, H\)"),
     (linear, {"mode_bias": Z(2, 2)}, ValueError, "mode_bias: expected None without mode_weight"),
+    (linear, {"linear_weight": Z(2, D, H, device="meta")}, ValueError, "linear_weight: .*got meta"),
+    (linear, {"linear_bias": Z(2, D, dtype=torch.int32)}, TypeError, "linear_bias: .*torch.int32"),
+    (
+        linear,
+        {"linear_weight": Z(2, 3, D, H), "mode_weight": Z(3, 1, H)},
+        ValueError,
+        r"mode_weight: expected shape \(3, 2, 6\), got shape \(3, 1, 6\)",
+    ),
     (linear, {"target": Z(N, D, requires_grad=True)}, ValueError, "target: .*not require grad"),
 ]
 

@@ -121,6 +121,17 @@ def test_any_strides(first, second, third, dtype):
         assert_close(got, want, dtype, factor=20 if dtype == torch.float16 else 1)
 
 
+def test_lazily_negated_views_are_read_right():
+    mean, log_std, target = inputs(5)
+    negated = torch.complex(target, mean).conj().imag
+    assert negated.is_neg()
+    assert_close(
+        F.gaussian_nll(negated, log_std, target, DIMS),
+        F.gaussian_nll(-mean, log_std, target, DIMS),
+        DOUBLE,
+    )
+
+
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, DOUBLE])
 
 
@@ -182,6 +193,13 @@ def test_overflow_is_infinite_and_never_nan(value, dtype):
     assert not any(grad.isnan().any() for grad in torch.autograd.grad(loss, (mean, log_std)))
 
 
+def test_a_mixture_whose_modes_all_overflow_is_infinite_not_nan():
+    mean = torch.ones(3, 2, sum(DIMS))
+    log_std, logits = torch.full_like(mean, -80.0), torch.zeros(3, 2, len(DIMS))
+    options = {"mode_logits": logits, "reduction": "none"}
+    assert F.gaussian_nll(mean, log_std, 0 * mean[:, 0], DIMS, **options).isposinf().all()
+
+
 @pytest.mark.parametrize("value", [80.0, -40.0, 0.0])
 def test_extreme_deviations(value):
     mean, log_std, target = inputs(4, dtype=torch.float32)
@@ -234,7 +252,9 @@ def test_any_shape_and_mask(rows, dims, modes, bound, data):
     inner = (modes,) if modes else ()
     mean, log_std = torch.randn(2, rows, *inner, sum(dims), generator=generator, dtype=DOUBLE)
     target = torch.randn(rows, sum(dims), generator=generator, dtype=DOUBLE)
-    logits = torch.randn(rows, modes, len(dims), dtype=DOUBLE) if modes else None
+    logits = None
+    if modes:
+        logits = torch.randn(rows, modes, len(dims), generator=generator, dtype=DOUBLE)
     args = (mask, tuple(dims), mean, log_std, target, logits, bound, True, True)
     c = torch.rand(rows, len(dims), generator=generator, dtype=DOUBLE)
     matrix, *gradients = ops.gaussian_nll.value_and_grad(c, *args, [True, True, modes > 0])

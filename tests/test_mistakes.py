@@ -1,47 +1,25 @@
 """Mistakes seen in comparable libraries: each is a test here, named after the mistake.
 
-Held elsewhere, generically: any order and subset of derivatives in test_autograd.py, results that
-depend on chunk size in test_linear.py, strides and -inf logits in test_gaussian.py, autocast in
-test_compile.py, DTensor in test_errors.py.
+Held elsewhere: any order and subset of derivatives in test_autograd.py, results that depend on
+chunk size in test_linear.py, empty batches and masked rows in test_masks.py, strides and -inf
+logits in test_gaussian.py, autocast in test_compile.py, DTensor in test_errors.py, surprises at
+import in test_import.py.
 """
 
-import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cases import CASES
+from inputs import BOTH, DIMS, D, fused, row
 
 import mtkd
 import mtkd.functional as F
 from mtkd import linear
 from mtkd.testing import assert_close, poisoned_memory, relative_error
 
-DIMS = (40, 3, 1100)
-D = sum(DIMS)
 ROOT = Path(mtkd.__file__).parent
-
-
-def row(rows=6, dtype=torch.float32):
-    torch.manual_seed(0)
-    mean, log_std = (x.requires_grad_() for x in (torch.randn(rows, D), 0.3 * torch.randn(rows, D)))
-    return mean.to(dtype), log_std.to(dtype), torch.randn(rows, D).to(dtype)
-
-
-def fused(rows=6, features=9):
-    torch.manual_seed(0)
-    x, weight = torch.randn(rows, features), 0.2 * torch.randn(2, D, features)
-    return x.requires_grad_(), weight.requires_grad_(), torch.randn(rows, D)
-
-
-BOTH = [
-    pytest.param(F.gaussian_nll, row, id="row"),
-    pytest.param(F.linear_gaussian_nll, fused, id="linear"),
-]
 
 
 @pytest.mark.parametrize("leading", [(6,), (2, 3)], ids=str)  # a view of what is stored, or that
@@ -91,95 +69,6 @@ def test_frozen_input_does_not_freeze_the_weight(reduction):
     of_input = gradients(x, weight.detach(), bias.detach())
     for frozen, whole in zip((*of_input, *of_layer), expected, strict=True):
         assert torch.equal(frozen, whole)
-
-
-@pytest.mark.parametrize(("function", "make"), BOTH)
-def test_masked_rows_leave_numerator_and_denominator(function, make):
-    first, second, target = make()
-    mask = torch.zeros(6, len(DIMS), dtype=torch.bool)
-    mask[:2] = True
-    own = second if function is F.linear_gaussian_nll else second[:2]
-    fewer = function(first[:2], own, target[:2], DIMS)
-    assert_close(function(first, second, target, DIMS, mask=mask), fewer, torch.float32)
-
-
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize(("function", "make"), BOTH)
-def test_empty_or_all_masked_batch(function, make, reduction):
-    for rows, masked in ((0, False), (5, True)):
-        first, second, target = make(rows)
-        mask = torch.zeros(rows, len(DIMS), dtype=torch.bool) if masked else None
-        loss = function(first, second, target, DIMS, mask=mask, reduction=reduction)
-        gradients = torch.autograd.grad(loss.sum(), (first, second))
-        assert loss.shape == ((rows, len(DIMS)) if reduction == "none" else ())
-        assert not loss.any()
-        for grad, x in zip(gradients, (first, second), strict=True):
-            assert grad.shape == x.shape
-            assert not grad.any()
-
-
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_masked_entries_count_nowhere_whatever_they_hold(reduction, poison):
-    mean, log_std, target = row()
-    mask = torch.rand(6, len(DIMS)) > 0.4
-    columns = mask.repeat_interleave(torch.tensor(DIMS), 1)
-    results = []
-    for fill in (0.0, poison):
-        leaves = [x.detach().masked_fill(~columns, fill).requires_grad_() for x in (mean, log_std)]
-        targets = target.masked_fill(~columns, fill)
-        loss = F.gaussian_nll(*leaves, targets, DIMS, mask=mask, reduction=reduction)
-        results.append((loss, *torch.autograd.grad(loss.sum(), leaves)))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert not results[0][1][~columns].any()
-
-
-@pytest.mark.parametrize("poison", [math.nan, -math.inf])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_masked_entries_of_mixtures_count_nowhere(reduction, poison):
-    torch.manual_seed(0)
-    mask = torch.rand(6, len(DIMS)) > 0.4
-    columns = mask.repeat_interleave(torch.tensor(DIMS), 1)
-    mean, log_std = torch.randn(2, 6, 2, D)
-    target, logits = torch.randn(6, D), torch.randn(6, 2, len(DIMS))
-    results = []
-    for fill in (0.0, poison):
-        leaves = [x.masked_fill(~columns[:, None], fill).requires_grad_() for x in (mean, log_std)]
-        leaves.append(logits.masked_fill(~mask[:, None], fill).requires_grad_())
-        targets = target.masked_fill(~columns, fill)
-        options = {"mode_logits": leaves[2], "mask": mask, "reduction": reduction}
-        loss = F.gaussian_nll(*leaves[:2], targets, DIMS, bound=1.0, **options)
-        results.append((loss, *torch.autograd.grad(loss.sum(), leaves)))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("size", [1, 1 << 28])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_masked_targets_of_a_linear_loss_count_nowhere(reduction, size):
-    x, weight, target = fused()
-    mask = torch.rand(6, len(DIMS)) > 0.4
-    columns = mask.repeat_interleave(torch.tensor(DIMS), 1)
-    results = []
-    for fill in (0.0, math.nan):
-        with linear.workspace(size):
-            targets = target.masked_fill(~columns, fill)
-            loss = F.linear_gaussian_nll(x, weight, targets, DIMS, mask=mask, reduction=reduction)
-            results.append((loss, *torch.autograd.grad(loss.sum(), (x, weight))))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_input_rows_that_count_for_no_teacher_may_hold_nan():
-    x, weight, target = fused()
-    mask = torch.ones(6, len(DIMS), dtype=torch.bool)
-    mask[2] = False
-    results = []
-    for fill in (0.0, math.nan):
-        rows = x.detach().clone()
-        rows[2] = fill
-        rows.requires_grad_()
-        loss = F.linear_gaussian_nll(rows, weight, target, DIMS, mask=mask)
-        results.append((loss, *torch.autograd.grad(loss, (rows, weight))))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_bias_is_added_once_whatever_the_tiles():
@@ -309,29 +198,3 @@ def test_arguments_are_never_written(case):
     case.loss.value_and_grad(c, *args, wanted)
     for now, then in zip(args, before, strict=True):
         assert torch.equal(now, then) if isinstance(now, torch.Tensor) else now is then
-
-
-def _run(code, **environment):
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
-
-
-def test_import_brings_no_surprises():
-    loaded = _run(
-        "import sys, torch; before = set(sys.modules); import mtkd.functional;"
-        "print(sorted(m for m in set(sys.modules) - before if 'triton' in m or 'distributed' in m))"
-    )
-    assert loaded == "[]"
-
-
-def test_works_without_the_extension():
-    code = (
-        "import torch, mtkd.ops, mtkd.functional as F; assert mtkd.ops.extension is None;"
-        "x = torch.ones(2, 3, requires_grad=True); F.gaussian_nll(x, x, x.detach()).backward();"
-        "w = torch.ones(2, 3, 3, requires_grad=True);"
-        "F.linear_gaussian_nll(x, w, x.detach()).backward(); print(bool(w.grad.isfinite().all()))"
-    )
-    assert _run(code, MTKD_NO_EXTENSION="1") == "True"
