@@ -11,9 +11,9 @@ tensors)::
                                                   given the gradient to the matrix
     <name>_value_and_grad(coefficient, args, output_mask) -> matrix, gradients
                                                   both in one pass, when that gradient is known
-    <name>_value_and_grad_(coefficient, args) -> matrix
-                                                  likewise; the gradients overwrite the
-                                                  differentiable arguments
+    <name>_value_and_grad_out(coefficient, args, gradients) -> matrix
+                                                  likewise, into tensors that the caller gives,
+                                                  of any dtype; the arguments themselves too
     <name>_sum(coefficient, args) -> sum(coefficient * matrix)
                                                   the scalar that training needs
 
@@ -22,6 +22,9 @@ four and know nothing of autograd; ``<name>`` and ``<name>_sum`` are differentia
 ``<name>_sum`` stores the gradients that come with the value; whenever a graph of the backward
 pass is asked for, the gradients come from the formulas instead, so derivatives of any order are
 exact. Function transforms (torch.func) and forward mode see the formulas too.
+
+Kernels compiled for CUDA register under a namespace of their own, ``mtkd_cuda``, with the same
+schemas: so they stand beside the Triton kernels, and ``ops`` says which of them serves.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,15 +36,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("mtkd", "DEF")
+_COMPILED_CUDA = torch.library.Library("mtkd_cuda", "DEF")
 _SUFFIXES = {
     "forward": "",
     "backward": "_backward",
     "value_and_grad": "_value_and_grad",
-    "value_and_grad_": "_value_and_grad_",
+    "value_and_grad_out": "_value_and_grad_out",
     "sum": "_sum",
 }
 _LIBRARY.define("advise_huge_pages(Tensor x) -> ()")
 _LIBRARY.impl("advise_huge_pages", lambda x: None, "CompositeExplicitAutograd")
+for _library in (_LIBRARY, _COMPILED_CUDA):
+    _library.define("scale_(Tensor(a!)[] tensors, Tensor scale) -> ()")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
@@ -74,12 +80,14 @@ class Formulas:
         matrix, saved = self.forward(*args[:-1])
         return (matrix, *self.backward(coefficient, saved, *args))
 
-    def value_and_grad_(self, coefficient: Tensor, *args: Any) -> Tensor:
-        """Return the matrix; write the gradients over the differentiable arguments."""
+    def value_and_grad_out(self, coefficient: Tensor, *args: Any) -> Tensor:
+        """Return the matrix; write the gradients into the last arguments."""
+        count = len(self.positions)
+        args, outputs = args[:-count], args[-count:]
         matrix, gradients = self.matrix(*args), self.gradient(coefficient, *args)
-        for position, grad in zip(self.positions, gradients, strict=True):
-            if grad is not None:
-                args[position].copy_(grad)
+        for output, grad in zip(outputs, gradients, strict=True):
+            if output is not None and grad is not None:
+                output.copy_(grad)
         return matrix
 
     def sum(self, coefficient: Tensor, *args: Any) -> Tensor:
@@ -97,7 +105,7 @@ class Loss:
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, ...]]
     value_and_grad: Callable[..., tuple[Tensor, ...]]
-    value_and_grad_: Callable[..., Tensor]
+    value_and_grad_out: Callable[..., Tensor]
     sum: Callable[..., Tensor]
     formulas: Formulas
     eager: dict[str, Callable[..., Any]] = field(default_factory=dict)
@@ -121,6 +129,11 @@ class Loss:
     def operators(self) -> tuple[str, ...]:
         """The names of its operators in ``torch.ops.mtkd``."""
         return tuple(self.name + suffix for suffix in _SUFFIXES.values())
+
+    def compiled_cuda(self, role: str) -> Callable[..., Any]:
+        """The kernel of a role compiled for CUDA, whichever implementation serves on a GPU."""
+        operator = getattr(torch.ops.mtkd_cuda, self.name + _SUFFIXES[role])
+        return operator.default  # type: ignore[no-any-return]
 
     def implement(self, key: str, **kernels: Callable[..., Any]) -> None:
         """Register Python kernels under a dispatch key: ``forward=``, ``backward=``, ..."""
@@ -170,20 +183,22 @@ def define(
 
 def _define_schemas(name: str, arguments: str, differentiable: Sequence[str]) -> None:
     gradients = ", ".join(["Tensor"] * len(differentiable))
-    written = arguments
+    outputs = []
     for alias, argument in zip("abcdefgh", differentiable, strict=False):
-        written = written.replace(f"Tensor {argument},", f"Tensor({alias}!) {argument},")
-        written = written.replace(f"Tensor? {argument},", f"Tensor({alias}!)? {argument},")
+        optional = "?" if f"Tensor? {argument}," in arguments else ""
+        outputs.append(f"Tensor({alias}!){optional} {argument}_grad")
     for schema in (
         f"{name}({arguments}) -> (Tensor, Tensor)",
         f"{name}_backward(Tensor grad, Tensor saved, {arguments}, bool[] output_mask)"
         f" -> ({gradients})",
         f"{name}_value_and_grad(Tensor coefficient, {arguments}, bool[] output_mask)"
         f" -> (Tensor, {gradients})",
-        f"{name}_value_and_grad_(Tensor coefficient, {written}) -> Tensor",
+        f"{name}_value_and_grad_out(Tensor coefficient, {arguments}, {', '.join(outputs)})"
+        f" -> Tensor",
         f"{name}_sum(Tensor coefficient, {arguments}) -> Tensor",
     ):
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for library in (_LIBRARY, _COMPILED_CUDA):
+            library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _register_formulas(loss: Loss) -> None:
@@ -195,7 +210,7 @@ def _register_formulas(loss: Loss) -> None:
         forward=loss.formulas.forward,
         backward=loss.formulas.backward,
         value_and_grad=loss.formulas.value_and_grad,
-        value_and_grad_=loss.formulas.value_and_grad_,
+        value_and_grad_out=loss.formulas.value_and_grad_out,
         sum=weighted_sum,
     )
 
@@ -279,8 +294,8 @@ def _sum_function(loss: Loss) -> Callable[..., Tensor]:
                 matrix, *kept = loss.forward(*args)
             if torch.is_grad_enabled() or ctx.half:
                 kept = list(loss.backward(upstream * coefficient, *kept, *args, wanted))
-            elif not _is_one(upstream) or _graph_is_kept():  # a later pass wants them untouched
-                kept = [upstream * grad for grad in kept]
+            else:
+                kept = _scaled(kept, upstream)
             to_coefficient = upstream * matrix if ctx.needs_input_grad[0] else None
             return (to_coefficient, *_spread(loss, kept, wanted))
 
@@ -310,6 +325,18 @@ def _is_half(argument: Tensor | None) -> bool:
     return argument is not None and argument.dtype == torch.float16
 
 
-def _is_one(upstream: Tensor) -> bool:
-    # read on the CPU alone, where it costs no synchronisation, and never while tracing
-    return type(upstream) is Tensor and upstream.device.type == "cpu" and float(upstream) == 1.0
+def _scaled(gradients: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    if type(upstream) is not Tensor or _graph_is_kept():  # traced, or a later pass wants them
+        return [upstream * grad for grad in gradients]
+    torch.ops.mtkd.scale_([grad for grad in gradients if grad.numel()], upstream)
+    return list(gradients)
+
+
+def _scale(tensors: Sequence[Tensor], scale: Tensor) -> None:
+    if scale.device.type == "cpu" and float(scale) == 1.0:  # read where it costs no wait
+        return
+    for tensor in tensors:
+        tensor.mul_(scale)
+
+
+_LIBRARY.impl("scale_", _scale, "CompositeExplicitAutograd")

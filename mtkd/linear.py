@@ -219,7 +219,9 @@ class _Call:
         arguments = self.arrange(z, logits, self.target[rows, columns])
         if coefficient is None:
             return self.row.forward(mask, dims, *arguments)[0]
-        return self.row.value_and_grad_(coefficient[rows, group], mask, dims, *arguments)
+        outputs = [arguments[position - 2] for position in self.row.differentiable]  # in place
+        coefficient = coefficient[rows, group]
+        return self.row.value_and_grad_out(coefficient, mask, dims, *arguments, *outputs)
 
     def from_stash(self, grad: Tensor, stash: Tensor, sink: "_Sink") -> None:
         """Scale the stashed unit gradients and hand them to the sink."""

@@ -61,21 +61,39 @@ def test_against_float64(case, implementation, dtype):
             assert_close(grad, want, dtype, factor)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_in_place_form_overwrites_the_arguments(case, implementation):
+def test_gradients_into_given_tensors(case, implementation, dtype):
     args, loss = case.arguments(torch.float32), case.loss
     c = coefficient(case, torch.float32)
     matrix, *gradients = implementation(loss, "value_and_grad")(c, *args, wanted(case, args))
-    copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
-    again = implementation(loss, "value_and_grad_")(c, *copies)
+    before = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+    outputs = [
+        torch.full_like(args[position], torch.nan, dtype=dtype) if grad.numel() else None
+        for grad, position in zip(gradients, loss.differentiable, strict=True)
+    ]
+    again = implementation(loss, "value_and_grad_out")(c, *args, *outputs)
     assert_close(again, matrix, torch.float32)
-    for position, before in enumerate(args):
-        if isinstance(before, torch.Tensor) and position not in loss.differentiable:
-            assert torch.equal(copies[position], before)
-    for grad, position in zip(gradients, loss.differentiable, strict=True):
-        if args[position] is not None:
-            assert_close(copies[position], grad, torch.float32, case.float32_factor)
+    for got, want in zip(outputs, gradients, strict=True):
+        if got is not None:
+            assert_close(got, want, dtype, case.float32_factor)
+    for now, then in zip(args, before, strict=True):
+        assert torch.equal(now, then) if isinstance(now, torch.Tensor) else now is then
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_over_the_arguments(case, implementation):
+    args, loss = case.arguments(torch.float32), case.loss
+    c = coefficient(case, torch.float32)
+    matrix, *gradients = implementation(loss, "value_and_grad")(c, *args, wanted(case, args))
+    outputs = [args[position] for position in loss.differentiable]
+    again = implementation(loss, "value_and_grad_out")(c, *args, *outputs)
+    assert_close(again, matrix, torch.float32)
+    for got, want in zip(outputs, gradients, strict=True):
+        if got is not None:
+            assert_close(got, want, torch.float32, case.float32_factor)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -96,17 +114,18 @@ def test_unwanted_gradients_are_left_out(case):
 @pytest.mark.parametrize("case", TINY_CASES, ids=str)
 def test_opcheck(case):
     args, loss = case.arguments(DOUBLE), case.loss
-    c, masks = coefficient(case, DOUBLE), wanted(case, args)
+    c, masks, positions = coefficient(case, DOUBLE), wanted(case, args), case.loss.differentiable
     trained = tuple(
-        x.requires_grad_() if i in loss.differentiable and x is not None else x
+        x.requires_grad_() if i in positions and x is not None else x
         for i, x in enumerate(args)
     )
     plain = cast(args, DOUBLE)
     saved = loss.forward(*plain)[1]
     operators = (getattr(torch.ops.mtkd, name).default for name in loss.operators)
-    forward, backward, value_and_grad, in_place, weighted_sum = operators
+    forward, backward, value_and_grad, into, weighted_sum = operators
     torch.library.opcheck(forward, trained)
     torch.library.opcheck(backward, (c, saved, *trained, masks))
     torch.library.opcheck(value_and_grad, (c, *plain, masks))
-    torch.library.opcheck(in_place, (c, *(x.clone() if hasattr(x, "clone") else x for x in plain)))
+    outputs = [None if x is None else torch.empty_like(x) for x in (plain[i] for i in positions)]
+    torch.library.opcheck(into, (c, *plain, *outputs))
     torch.library.opcheck(weighted_sum, (c, *trained))

@@ -315,6 +315,11 @@ struct Problem {
 
 std::vector<int64_t> shape_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
+void check_output(const Tensor& output, const Tensor& argument, const char* name) {
+  STD_TORCH_CHECK(is_floating(output) && shape_of(output) == shape_of(argument), "gaussian_nll: ",
+                  name, " has its argument's shape, and a floating dtype");
+}
+
 Tensor gradient_like(const Tensor& t, bool wanted) {
   return empty(t, wanted ? shape_of(t) : std::vector<int64_t>{0}, t.scalar_type());
 }
@@ -372,11 +377,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_and_grad(Tensor coefficient,
                    output_mask);
 }
 
-Tensor value_and_grad_(Tensor coefficient, MTKD_GAUSSIAN_ARGUMENTS) {
+// The gradients go into tensors of any dtype, which may be the arguments themselves.
+Tensor value_and_grad_out(Tensor coefficient, MTKD_GAUSSIAN_ARGUMENTS, Tensor mean_grad,
+                          Tensor log_std_grad, OptionalTensor mode_logits_grad) {
   const auto problem = MTKD_GAUSSIAN_PROBLEM;
   problem.check_matrix(coefficient, "the coefficient");
+  check_output(mean_grad, mean, "mean_grad");
+  check_output(log_std_grad, log_std, "log_std_grad");
+  STD_TORCH_CHECK(mode_logits.has_value() == mode_logits_grad.has_value(),
+                  "gaussian_nll: mode_logits_grad is given with mode_logits");
+  if (mode_logits) check_output(*mode_logits_grad, *mode_logits, "mode_logits_grad");
   Tensor matrix = problem.empty_matrix(mean);
-  problem.run({View(matrix), View(mean), View(log_std), View(mode_logits)}, View(coefficient));
+  problem.run({View(matrix), View(mean_grad), View(log_std_grad), View(mode_logits_grad)},
+              View(coefficient));
   return matrix;
 }
 
@@ -386,7 +399,7 @@ STABLE_TORCH_LIBRARY_IMPL(mtkd, CPU, m) {
   m.impl("gaussian_nll", TORCH_BOX(&forward));
   m.impl("gaussian_nll_backward", TORCH_BOX(&backward));
   m.impl("gaussian_nll_value_and_grad", TORCH_BOX(&value_and_grad));
-  m.impl("gaussian_nll_value_and_grad_", TORCH_BOX(&value_and_grad_));
+  m.impl("gaussian_nll_value_and_grad_out", TORCH_BOX(&value_and_grad_out));
 }
 
 }  // namespace mtkd::cpu
