@@ -1,63 +1,145 @@
-"""The cases as data: sizes, and the ratios that are asked of some of them."""
+"""The cases as data: sizes, baselines, and what is asked; the most important ones first.
 
-from dataclasses import dataclass, field
+Asked of a case, by regime (cold and warm on a CPU, gpu on a GPU) and quantity, is a least number
+for a ratio to a baseline's time or for a share, and a largest one for those in `AT_MOST`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+ROWS, FUSED = "gaussian_nll", "linear_gaussian_nll"  # functions of mtkd.functional
+# quantities of which little is asked; every other one should be large
+AT_MOST = {"milliseconds": "ms", "extra memory": "MiB", "host time": "us"}
+ERROR_LIMIT = {32: 1e-5, 16: 2.0}  # relative error; for 16 bits, in units of the least possible
+IMPORT_LIMIT = 0.15  # seconds over `import torch`
 
 
 @dataclass(frozen=True)
 class Case:
-    """One size of one loss."""
+    """One size of one loss; teachers of a case are equally wide."""
 
-    name: str
-    loss: str  # a function of mtkd.functional
+    loss: str
     rows: int
-    dims: tuple[int, ...]
-    features: int = 0  # width of the student, for fused losses
+    teachers: int
+    width: int
+    features: int = 0  # of the student, for fused losses
+    modes: int = 0
+    masked: bool = False
     sequence: bool = False  # teachers given as separate tensors
-    # "<regime> <baseline>" -> how many times faster ours is asked to be
-    asked: dict[str, float] = field(default_factory=dict)
+    baselines: tuple[str, ...] = ()
+    asked: dict[str, float] = field(default_factory=dict)  # "<regime> <quantity>" -> number
+
+    @property
+    def name(self) -> str:
+        """What the case is, in words."""
+        words = [f"{self.loss} {self.rows} x ({self.teachers} x {self.width})"]
+        words += [f"H={self.features}"] * bool(self.features)
+        words += [f"{self.modes} modes"] * bool(self.modes)
+        words += ["masked"] * self.masked + ["a sequence"] * self.sequence
+        return ", ".join(words)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The width of each teacher."""
+        return (self.width,) * self.teachers
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in one tensor of all teachers' columns."""
+        return self.rows * self.teachers * self.width
+
+    @property
+    def tiny(self) -> bool:
+        """Whether a call is all overhead."""
+        return self.numbers <= 64
+
+    def size(self) -> dict[str, int]:
+        """The sizes as JSON keeps them."""
+        names = ("rows", "teachers", "width", "features", "modes", "masked", "sequence")
+        return {"loss": self.loss} | {name: int(getattr(self, name)) for name in names}
+
+    def shrunk(self) -> "Case":
+        """The same in small, for a dry run."""
+        return replace(
+            self,
+            rows=min(self.rows, 6),
+            teachers=min(self.teachers, 3),
+            width=min(self.width, 20),
+            features=min(self.features, 16),
+        )
+
+    def wanted(self, regime: str) -> Iterator[tuple[str, float]]:
+        """Yield the quantities of which something is asked in a regime, and how much."""
+        for key, limit in self.asked.items():
+            kind, _, quantity = key.partition(" ")
+            if kind == regime:
+                yield quantity, limit
 
 
-def _scaling(loss: str, rows: int, width: int, features: int = 0) -> list[Case]:
-    counts = (1, 4, 16, 64, 256, 1024)
-    return [Case(f"{loss} T={t}", loss, rows, (width,) * t, features) for t in counts]
+def _rows(*size: int, baselines: tuple[str, ...] = ("eager", "loop"), **more) -> Case:  # type: ignore[no-untyped-def]
+    return Case(ROWS, *size, baselines=baselines, **more)
 
 
-G, L = "gaussian_nll", "linear_gaussian_nll"
-CASES = (
-    Case("gaussian_nll tiny", G, 4, (8,)),
-    Case(
-        "gaussian_nll 4096 x (4 x 1024)",
-        G,
+def _fused(*size: int, baselines: tuple[str, ...] = ("eager", "loop", "gemms"), **more) -> Case:  # type: ignore[no-untyped-def]
+    return Case(FUSED, *size, baselines=baselines, **more)
+
+
+TEACHERS = (1, 4, 16, 64, 256, 1024)
+COMPILED = ("eager", "loop", "compile")
+GRAPHED = ("eager", "loop", "graph", "gemms")
+
+CPU = (
+    _rows(1, 1, 8, baselines=COMPILED, asked={"cold host time": 100}),
+    _rows(
         4096,
-        (1024,) * 4,
+        4,
+        1024,
+        baselines=COMPILED,
         asked={"cold eager": 15, "cold compile": 4, "warm eager": 8, "warm compile": 1.8},
     ),
-    Case("gaussian_nll 32 x (1024 x 16)", G, 32, (16,) * 1024, asked={"cold loop": 200}),
-    Case(
-        "gaussian_nll 32 x (1024 x 16), a sequence",
-        G,
-        32,
-        (16,) * 1024,
-        sequence=True,
-        asked={"cold loop": 4},
-    ),
-    *_scaling(G, 256, 64),
-    Case(
-        "linear_gaussian_nll 8192 x (8 x 1024), H=1024",
-        L,
+    _rows(32, 1024, 16, baselines=COMPILED, asked={"cold loop": 200}),
+    _rows(32, 1024, 16, sequence=True, baselines=COMPILED, asked={"cold loop": 4}),
+    *(_rows(256, t, 64, baselines=COMPILED) for t in TEACHERS),
+    _rows(512, 4, 256, modes=4, baselines=COMPILED),
+    _rows(1024, 4, 1024, masked=True, baselines=COMPILED),
+    _fused(
         8192,
-        (1024,) * 8,
+        8,
         1024,
-        asked={"cold gemms": 1 / 1.08},
+        1024,
+        asked={"cold gemms": 1 / 1.08, "cold extra memory": 96, "warm extra memory": 96},
     ),
-    Case(
-        "linear_gaussian_nll 64 x (256 x 64), H=256",
-        L,
-        64,
-        (64,) * 256,
-        256,
-        asked={"cold gemms": 1 / 1.25, "warm gemms": 1 / 1.25},
-    ),
-    *_scaling(L, 256, 64, 256),
+    _fused(64, 256, 64, 256, asked={"cold gemms": 0.8, "warm gemms": 0.8}),
+    *(_fused(256, t, 64, 256) for t in TEACHERS),
+    *(_fused(512, 8, 128, h) for h in (64, 128, 256, 512, 1024)),
 )
-SMALL = tuple(case for case in CASES if case.rows * sum(case.dims) <= 1 << 20)
+
+GPU = (
+    _fused(8192, 8, 1024, 1024, asked={"gpu gemms": 0.85, "gpu extra memory": 256}),
+    _fused(8192, 8, 1024, 4096, asked={"gpu gemms": 0.92, "gpu extra memory": 256}),
+    _fused(
+        512,
+        256,
+        64,
+        768,
+        baselines=GRAPHED,
+        asked={"gpu milliseconds": 0.25, "gpu loop": 100, "gpu graph": 20},
+    ),
+    _rows(8192, 8, 1024, baselines=COMPILED, asked={"gpu floor": 0.85, "gpu compile": 1.3}),
+    _rows(1, 1, 8, asked={"gpu host time": 80}),
+    _fused(1, 1, 8, 8),
+    _rows(512, 1024, 16, baselines=(*COMPILED, "graph")),
+    _rows(4096, 8, 512, modes=4, baselines=COMPILED),
+    _rows(8192, 8, 1024, masked=True, baselines=COMPILED),
+    _fused(4096, 8, 512, 1024, modes=4),
+    _fused(8192, 8, 1024, 1024, masked=True),
+    *(_fused(8192, 8, 1024, h) for h in (256, 512, 2048)),
+    *(_fused(512, t, 64, 768) for t in TEACHERS if t != 256),
+    *(_rows(2048, t, 64) for t in TEACHERS),
+    _rows(16, 1, 8192),
+    _rows(64, 8, 1024, sequence=True),
+)
+
+CASES = {"cpu": CPU, "cuda": GPU}
+REGIMES = {"cpu": ("cold", "warm"), "cuda": ("gpu",)}
+SMALL = tuple(case for case in CPU if case.numbers <= 1 << 20)

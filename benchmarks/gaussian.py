@@ -1,126 +1,261 @@
-"""The Gaussian losses and what they are compared with, forward and backward."""
+"""The Gaussian losses and what they are compared with: one set of random inputs each.
 
-from collections.abc import Callable
+Baselines compute in the dtype of their inputs, as the formulas stand: the fastest way to write
+them in PyTorch, not the most accurate.
+"""
+
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import mtkd.functional as F
-from mtkd.testing import relative_error
 
-from .cases import Case
-
-Step = Callable[[], Any]
-LARGEST = 6 << 30  # bytes that a baseline's temporaries may take
-NUMBER = 4  # bytes
+from .cases import ROWS, Case
 
 
-def _energy(mean: Tensor, log_std: Tensor, target: Tensor) -> Tensor:
-    return 0.5 * ((target - mean) * torch.exp(-log_std)).square() + log_std
+def matrix(
+    mean: Tensor, log_std: Tensor, target: Tensor, logits: Tensor | None, teachers: int
+) -> Tensor:
+    """The losses ``(N, T)`` as a plain formula, for equally wide teachers."""
+    target = target if logits is None else target.unsqueeze(1)
+    energy = 0.5 * ((target - mean) * torch.exp(-log_std)).square() + log_std
+    energy = energy.unflatten(-1, (teachers, -1))
+    if logits is None:
+        return energy.mean(-1)
+    joint = torch.log_softmax(logits, 1) - energy.sum(-1)
+    return -torch.logsumexp(joint, 1) / energy.shape[-1]
 
 
-class Rows:
-    """gaussian_nll on packed tensors, or on one tensor a teacher."""
+def reduced(losses: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over what counts."""
+    return losses.mean() if mask is None else (losses * mask).sum() / mask.sum()
 
-    def __init__(self, case: Case, rows: int | None = None, dtype: torch.dtype = torch.float32):
-        generator = torch.Generator().manual_seed(0)
-        shape = (rows or case.rows, sum(case.dims))
-        draw = [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
-        self.case, self.dims = case, case.dims
-        self.mean, self.log_std, self.target = draw[0], 0.3 * draw[1], draw[2]
-        self.inputs = [self.mean.requires_grad_(), self.log_std.requires_grad_()]
-        self.parts = [
-            [part.detach().clone().requires_grad_(i < 2) for part in x.split(case.dims, -1)]
-            for i, x in enumerate((self.mean, self.log_std, self.target))
-        ]
+
+def packed(
+    mean: Tensor,
+    log_std: Tensor,
+    target: Tensor,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    teachers: int,
+) -> Tensor:
+    """The loss of packed teachers, as it is written for speed."""
+    if logits is None and mask is None:  # teachers are equally wide: the mean of their means
+        return (0.5 * ((target - mean) * torch.exp(-log_std)).square() + log_std).mean()
+    return reduced(matrix(mean, log_std, target, logits, teachers), mask)
+
+
+class Problem:
+    """Random inputs of a case, its loss, and the formulas beside it."""
+
+    def __init__(self, case: Case, draw: "Draw"):
+        self.case, self.draw = case, draw
+        shape = (case.rows, case.teachers)
+        self.mask = draw.normal(*shape) > -0.5 if case.masked else None
+        self.target = draw.normal(case.rows, case.teachers * case.width)
+        self.split_inputs: list[Tensor] = []  # a loop's leaves
+
+    def trained(self) -> list[Tensor]:
+        """The packed tensors that gradients go to."""
+        raise NotImplementedError
 
     def ours(self) -> Tensor:
         """The library's loss."""
-        if self.case.sequence:
-            return F.gaussian_nll(*self.parts)
-        return F.gaussian_nll(self.mean, self.log_std, self.target, self.dims)
+        raise NotImplementedError
 
     def eager(self) -> Tensor:
-        """The packed formula (teachers of a case are equally wide: the mean of their means)."""
-        return _energy(self.mean, self.log_std, self.target).mean()
+        """The packed formula."""
+        raise NotImplementedError
 
     def loop(self) -> Tensor:
         """Teacher after teacher, as training scripts write it."""
-        losses = [_energy(*parts).mean() for parts in zip(*self.parts, strict=True)]
-        return torch.stack(losses).mean()
+        raise NotImplementedError
 
     def clear(self) -> None:
         """Forget all gradients."""
-        for x in (*self.inputs, *self.parts[0], *self.parts[1]):
+        for x in (*self.trained(), *self.split_inputs):
             x.grad = None
 
-    def steps(self) -> dict[str, Step]:
-        """Forward and backward of every contender."""
-        losses = {"ours": self.ours, "eager": self.eager, "loop": self.loop}
-        losses["compile"] = torch.compile(self.eager)
-        return {name: lambda loss=loss: loss().backward() for name, loss in losses.items()}
-
-    def floor_bytes(self) -> int:
-        """Least traffic: three inputs read, two gradients written."""
-        return 5 * self.mean.numel() * NUMBER
+    def double(self) -> "Problem":
+        """The same numbers in float64."""
+        other = copy.copy(self)
+        for name, x in vars(self).items():
+            if isinstance(x, Tensor) and x.is_floating_point():
+                setattr(other, name, x.detach().double().requires_grad_(x.requires_grad))
+        return other
 
     def gradient_bytes(self) -> int:
         """Bytes of the gradients, which are no extra memory."""
-        return 2 * self.mean.numel() * NUMBER
+        return sum(x.numel() * x.element_size() for x in self.trained())
 
-    def skipped(self) -> dict[str, str]:
-        """Baselines that do not fit, and why."""
-        return {}
+    def ours_gradients(self) -> tuple[Tensor, list[Tensor]]:
+        """The library's value and its gradients, packed."""
+        value = self.ours()
+        return value.detach(), list(torch.autograd.grad(value, self.trained()))
+
+    def leaves(self, *packed: tuple[Tensor | None, int]) -> list[list[Any]]:
+        """Split tensors by teacher along a dimension into leaves: one row a teacher."""
+        columns = []
+        for tensor, dim in packed:
+            if tensor is None:
+                columns.append([None] * self.case.teachers)
+                continue
+            parts = tensor.detach().chunk(self.case.teachers, dim)
+            leaf = [part.clone().requires_grad_(tensor.requires_grad) for part in parts]
+            self.split_inputs += leaf if tensor.requires_grad else []
+            columns.append(leaf)
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def masks(self) -> Sequence[Tensor | None]:
+        """The mask of each teacher."""
+        count = self.case.teachers
+        return [None] * count if self.mask is None else self.mask.chunk(count, -1)
+
+    def together(self, losses: list[Tensor]) -> Tensor:
+        """The reduced loss of teachers' columns."""
+        if self.mask is None:
+            return torch.stack([loss.mean() for loss in losses]).mean()
+        pairs = zip(losses, self.masks(), strict=True)
+        return torch.stack([(loss * mask).sum() for loss, mask in pairs]).sum() / self.mask.sum()
 
 
-class Fused:
-    """linear_gaussian_nll, its unfused form, and its three matrix products."""
+class Draw:
+    """Where random numbers come from: device, dtype, seed."""
 
-    def __init__(self, case: Case, rows: int | None = None, dtype: torch.dtype = torch.float32):
-        generator = torch.Generator().manual_seed(0)
-        rows, width, features = rows or case.rows, sum(case.dims), case.features
-        self.case, self.dims = case, case.dims
-        self.x = torch.randn(rows, features, generator=generator).to(dtype).requires_grad_()
-        weight = torch.randn(2, width, features, generator=generator) / features**0.5
-        self.weight = (0.5 * weight).to(dtype).requires_grad_()
-        self.bias = torch.zeros(2, width, dtype=dtype, requires_grad=True)
-        self.target = torch.randn(rows, width, generator=generator).to(dtype)
-        self.inputs = [self.x, self.weight, self.bias]
+    def __init__(self, device: str, dtype: torch.dtype, seed: int):
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normal numbers of mean 0."""
+        numbers = torch.randn(shape, generator=self.generator, device=self.device)
+        return (scale * numbers).to(self.dtype)
+
+
+class Rows(Problem):
+    """gaussian_nll on packed tensors, or on one tensor a teacher."""
+
+    def __init__(self, case: Case, draw: Draw):
+        super().__init__(case, draw)
+        shape = (case.rows, *(case.modes,) * bool(case.modes), case.teachers * case.width)
+        self.mean = draw.normal(*shape).requires_grad_()
+        self.log_std = draw.normal(*shape, scale=0.3).requires_grad_()
+        self.logits: Tensor | None = None
+        if case.modes:
+            self.logits = draw.normal(case.rows, case.modes, case.teachers).requires_grad_()
+        self.parts: list[list[Any]] = []
+        if case.sequence or "loop" in case.baselines:
+            named = (self.mean, -1), (self.log_std, -1), (self.target, -1), (self.logits, -1)
+            self.parts = self.leaves(*named)
+
+    def trained(self) -> list[Tensor]:
+        return [x for x in (self.mean, self.log_std, self.logits) if x is not None]
 
     def ours(self) -> Tensor:
-        """The library's loss."""
-        x, weight, bias = self.inputs
-        return F.linear_gaussian_nll(x, weight, self.target, self.dims, linear_bias=bias)
+        if self.case.sequence:
+            mean, log_std, target, _ = zip(*self.parts, strict=True)
+            return F.gaussian_nll(mean, log_std, target, mask=self.mask)
+        options = {"mode_logits": self.logits, "mask": self.mask}
+        return F.gaussian_nll(self.mean, self.log_std, self.target, self.case.dims, **options)
+
+    def ours_gradients(self) -> tuple[Tensor, list[Tensor]]:
+        if not self.case.sequence:
+            return super().ours_gradients()
+        value = self.ours()
+        leaves = [row[k] for k in (0, 1) for row in self.parts]
+        gradients = torch.autograd.grad(value, leaves)
+        count = self.case.teachers
+        return value.detach(), [torch.cat(gradients[i : i + count], -1) for i in (0, count)]
+
+    def tensors(self) -> tuple[Any, ...]:
+        """The arguments of `packed`."""
+        settings = (self.logits, self.mask, self.case.teachers)
+        return self.mean, self.log_std, self.target, *settings
 
     def eager(self) -> Tensor:
-        """One linear layer, then the packed formula."""
-        flat = torch.nn.functional.linear(self.x, self.weight.flatten(0, 1), self.bias.flatten())
-        return _energy(*flat.chunk(2, -1), self.target).mean()
+        return packed(*self.tensors())
 
     def loop(self) -> Tensor:
-        """A linear layer and a loss a teacher."""
+        return self.together([matrix(*part, 1) for part in self.parts])
+
+    def floor_bytes(self) -> int:
+        """Least traffic: three inputs read, two gradients written."""
+        columns = 2 * (self.mean.numel() + self.log_std.numel()) + self.target.numel()
+        return columns * self.mean.element_size()
+
+    def operator_arguments(self) -> tuple[Any, ...]:
+        """What the operators of the loss take after the coefficient."""
+        columns = tuple(x.detach() for x in (self.mean, self.log_std, self.target))
+        logits = None if self.logits is None else self.logits.detach()
+        return self.mask, self.case.dims, *columns, logits, None, True, False
+
+    def coefficient(self) -> Tensor:
+        """The matrix c with ``loss = sum(c * matrix)``."""
+        shape = (self.case.rows, self.case.teachers)
+        if self.mask is None:
+            return torch.full((), 1 / (shape[0] * shape[1]), device=self.mean.device).expand(shape)
+        return self.mask / self.mask.sum()
+
+
+class Fused(Problem):
+    """linear_gaussian_nll, its unfused form, and its matrix products."""
+
+    def __init__(self, case: Case, draw: Draw):
+        super().__init__(case, draw)
+        width, features = case.teachers * case.width, case.features
+        inner = (2, *(case.modes,) * bool(case.modes), width)
+        self.x = draw.normal(case.rows, features).requires_grad_()
+        scale = 0.5 / features**0.5
+        self.weight = draw.normal(*inner, features, scale=scale).requires_grad_()
+        self.bias = draw.normal(*inner, scale=0.1).requires_grad_()
+        self.mode_weight: Tensor | None = None
+        self.mode_bias: Tensor | None = None
+        if case.modes:
+            shape = (case.modes, case.teachers)
+            self.mode_weight = draw.normal(*shape, features, scale=scale).requires_grad_()
+            self.mode_bias = draw.normal(*shape, scale=0.1).requires_grad_()
+        self.parts: list[list[Any]] = []
+        if "loop" in case.baselines:  # every teacher a layer of its own
+            layers = (self.weight, -2), (self.bias, -1), (self.mode_weight, 1), (self.mode_bias, 1)
+            self.parts = self.leaves(*layers, (self.target, -1))
+
+    def trained(self) -> list[Tensor]:
+        layers = (self.x, self.weight, self.bias, self.mode_weight, self.mode_bias)
+        return [x for x in layers if x is not None]
+
+    def ours(self) -> Tensor:
+        options = {"mode_weight": self.mode_weight, "mode_bias": self.mode_bias}
+        return F.linear_gaussian_nll(
+            self.x,
+            self.weight,
+            self.target,
+            self.case.dims,
+            linear_bias=self.bias,
+            mask=self.mask,
+            **options,
+        )
+
+    def eager(self) -> Tensor:
+        mean, log_std = _layer(self.x, self.weight, self.bias).unbind(1)
+        logits = _layer(self.x, self.mode_weight, self.mode_bias)
+        return packed(mean, log_std, self.target, logits, self.mask, self.case.teachers)
+
+    def loop(self) -> Tensor:
         losses = []
-        start = 0
-        for dim in self.dims:
-            columns = slice(start, start + dim)
-            mean, log_std = (
-                torch.nn.functional.linear(self.x, self.weight[k, columns], self.bias[k, columns])
-                for k in (0, 1)
-            )
-            losses.append(_energy(mean, log_std, self.target[:, columns]).mean())
-            start += dim
-        return torch.stack(losses).mean()
+        for weight, bias, mode_weight, mode_bias, target in self.parts:
+            mean, log_std = _layer(self.x, weight, bias).unbind(1)
+            logits = _layer(self.x, mode_weight, mode_bias)
+            losses.append(matrix(mean, log_std, target, logits, 1))
+        return self.together(losses)
 
-    def clear(self) -> None:
-        """Forget all gradients."""
-        for x in self.inputs:
-            x.grad = None
-
-    def gemms(self) -> Step:
+    def gemms(self) -> Any:
         """The three matrix products of the layer, into buffers that are reused."""
-        x, weight = self.x.detach(), self.weight.detach().flatten(0, 1)
-        z = torch.empty(len(x), len(weight))
+        x, weight = self.x.detach(), self.weight.detach().flatten(0, -2)
+        z = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
         to_x, to_weight = torch.empty_like(x), torch.empty_like(weight)
 
         def products() -> None:
@@ -130,54 +265,23 @@ class Fused:
 
         return products
 
-    def steps(self) -> dict[str, Step]:
-        """Forward and backward of every contender."""
-        losses = {"ours": self.ours, "eager": self.eager, "loop": self.loop}
-        for name in self.skipped():
-            del losses[name]
-        steps: dict[str, Step] = {
-            name: lambda loss=loss: loss().backward() for name, loss in losses.items()
-        }
-        return steps | {"gemms": self.gemms()}
-
-    def skipped(self) -> dict[str, str]:
-        """Baselines that do not fit, and why."""
-        temporaries = 8 * 2 * self.target.numel() * NUMBER
-        if temporaries <= LARGEST:
-            return {}
-        why = f"would take about {temporaries / 2**30:.0f} GiB"
-        return {"eager": why, "loop": why}
+    def temporaries(self) -> int:
+        """About how many bytes the unfused form needs beside its inputs."""
+        return 4 * self.weight[..., 0].numel() * self.case.rows * self.x.element_size() * 2
 
     def floor_bytes(self) -> int:
-        """Least traffic: the layer and its gradient, the input and its, the target."""
-        sizes = 2 * self.weight.numel() + 2 * self.x.numel() + self.target.numel()
-        return sizes * NUMBER
-
-    def gradient_bytes(self) -> int:
-        """Bytes of the gradients, which are no extra memory."""
-        return sum(x.numel() for x in self.inputs) * NUMBER
+        """Least traffic: the layers and their gradients, the input and its, the target."""
+        return 2 * self.gradient_bytes() + self.target.numel() * self.target.element_size()
 
 
-PROBLEMS = {"gaussian_nll": Rows, "linear_gaussian_nll": Fused}
+def _layer(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
+    """``(N, *weight.shape[:-1])``, or None without a weight."""
+    if weight is None or bias is None:
+        return None
+    flat = functional.linear(x, weight.flatten(0, -2), bias.flatten())
+    return flat.unflatten(-1, weight.shape[:-1])
 
 
-def gradient_error(case: Case) -> float:
-    """Largest relative error of value and gradients against float64, on up to 256 rows."""
-    rows = min(case.rows, 256)
-    problem, exact = (
-        PROBLEMS[case.loss](case, rows, dtype) for dtype in (torch.float32, torch.float64)
-    )
-    with torch.no_grad():  # the same numbers
-        for own, wide in zip(problem.inputs, exact.inputs, strict=True):
-            wide.copy_(own)
-        exact.target.copy_(problem.target)
-    value, expected = problem.ours(), exact.eager()
-    value.backward()
-    expected.backward()
-    errors = [relative_error(value, expected)]
-    if case.sequence:
-        joined = [torch.cat([x.grad for x in parts], -1) for parts in problem.parts[:2]]
-    else:
-        joined = [x.grad for x in problem.inputs]
-    errors += [relative_error(g, x.grad) for g, x in zip(joined, exact.inputs, strict=True)]
-    return max(errors)
+def problem(case: Case, draw: Draw) -> Any:
+    """One set of inputs of a case."""
+    return (Rows if case.loss == ROWS else Fused)(case, draw)

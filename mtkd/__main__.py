@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -27,17 +26,10 @@ def implementation(loss: str, device: str) -> str:
         >>> implementation("linear_gaussian_nll", "meta")
         'formula'
     """
-    key = re.escape(device.upper())
-    registered = re.search(
-        rf"^{key}: registered at (.*?):\d+", torch._C._dispatch_dump(f"mtkd::{loss}"), re.MULTILINE
-    )
-    if registered is None:
-        return "formula"
-    if not registered[1].endswith(".py"):
-        return "compiled"
     if loss.startswith(_ROW_PREFIX):
-        return f"driver over {implementation(loss.removeprefix(_ROW_PREFIX), device)}"
-    return "triton"
+        row = implementation(loss.removeprefix(_ROW_PREFIX), device)
+        return f"driver over {row}" if device in ("cpu", "cuda") else "formula"
+    return ops.served.get((loss, device), "formula")
 
 
 def versions() -> list[tuple[str, str]]:

@@ -130,15 +130,20 @@ class Loss:
         """The names of its operators in ``torch.ops.mtkd``."""
         return tuple(self.name + suffix for suffix in _SUFFIXES.values())
 
-    def compiled_cuda(self, role: str) -> Callable[..., Any]:
-        """The kernel of a role compiled for CUDA, whichever implementation serves on a GPU."""
-        operator = getattr(torch.ops.mtkd_cuda, self.name + _SUFFIXES[role])
-        return operator.default  # type: ignore[no-any-return]
+    @property
+    def kernels(self) -> dict[str, str]:
+        """The names of the operators that kernels implement, by role."""
+        return {role: self.name + s for role, s in _SUFFIXES.items() if role != "sum"}
 
     def implement(self, key: str, **kernels: Callable[..., Any]) -> None:
         """Register Python kernels under a dispatch key: ``forward=``, ``backward=``, ..."""
         for role, kernel in kernels.items():
-            _LIBRARY.impl(self.name + _SUFFIXES[role], kernel, key)
+            implement(self.name + _SUFFIXES[role], key, kernel)
+
+
+def implement(operator: str, key: str, kernel: Callable[..., Any]) -> None:
+    """Register a Python kernel of an operator of ``torch.ops.mtkd`` under a dispatch key."""
+    _LIBRARY.impl(operator, kernel, key)
 
 
 def define(
@@ -339,4 +344,4 @@ def _scale(tensors: Sequence[Tensor], scale: Tensor) -> None:
         tensor.mul_(scale)
 
 
-_LIBRARY.impl("scale_", _scale, "CompositeExplicitAutograd")
+implement("scale_", "CompositeExplicitAutograd", _scale)

@@ -1,11 +1,15 @@
 """The operator surface: one ``define`` a loss. Importing this module loads the compiled kernels."""
 
 import os
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
-from .dispatch import Loss, define
+import torch
+
+from .dispatch import Loss, define, implement
 from .reference import gaussian
 
 gaussian_nll = define(
@@ -30,14 +34,64 @@ linear_gaussian_nll = define(
 
 LOSSES: tuple[Loss, ...] = (gaussian_nll, linear_gaussian_nll)
 
+# Which kernels serve a row loss on a GPU, "triton" or "compiled": the measured faster of the two,
+# and Triton where nothing has been measured.
+ON_GPU = {"gaussian_nll": "triton"}
+
+_FAMILIES = {"gaussian_nll": "gaussian", "scale_": "common"}  # files of mtkd/triton
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
 
 def _load_extension() -> ModuleType | None:
     """Register the compiled kernels, if they were built; a build that does not load is an error."""
-    if os.environ.get("MTKD_NO_EXTENSION", "0") not in ("", "0"):
+    if _INTERPRETED or os.environ.get("MTKD_NO_EXTENSION", "0") not in ("", "0"):
         return None
     if find_spec("._C", __package__) is None:
         return None
     return import_module("._C", __package__)
 
 
+def triton_kernel(loss: str, role: str) -> Callable[..., Any]:
+    """Return the Triton kernel of a row loss; Triton is imported when it is first called."""
+
+    def launch(*args: Any) -> Any:
+        file = import_module(f".triton.{_FAMILIES[loss]}", __package__)
+        return file.KERNELS[role](*args)
+
+    return launch
+
+
+def _compiled(operator: str) -> Callable[..., Any] | None:
+    """A kernel compiled for CUDA, where the extension has it."""
+    name = f"mtkd_cuda::{operator}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
+        return None
+    return getattr(torch.ops.mtkd_cuda, operator).default  # type: ignore[no-any-return]
+
+
+def _gpu_kernel(loss: str, role: str, operator: str) -> tuple[str, Callable[..., Any] | None]:
+    """What serves an operator on a GPU, and its kernel; the formula has none to register."""
+    with_triton = find_spec("triton") is not None
+    if ON_GPU[loss] == "compiled" or not with_triton:
+        compiled = None if _INTERPRETED else _compiled(operator)
+        if compiled is not None:
+            return "compiled", compiled
+    return ("triton", triton_kernel(loss, role)) if with_triton else ("formula", None)
+
+
+def _serve() -> dict[tuple[str, str], str]:
+    """Register the kernels for GPUs; return what serves row losses, by loss and device type."""
+    served = {(loss, "cpu"): "compiled" for loss in ON_GPU if extension is not None}
+    device = "cpu" if _INTERPRETED else "cuda"
+    for loss in (loss for loss in LOSSES if loss.name in ON_GPU):
+        for role, operator in loss.kernels.items():
+            served[loss.name, device], kernel = _gpu_kernel(loss.name, role, operator)
+            if kernel is not None:
+                implement(operator, device.upper(), kernel)
+    if find_spec("triton") is not None:
+        implement("scale_", device.upper(), triton_kernel("scale_", "scale_"))
+    return served
+
+
 extension = _load_extension()
+served = _serve()

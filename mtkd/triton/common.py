@@ -1,0 +1,138 @@
+"""What every Triton kernel file stands on: tiles over ragged teachers, launches, small functions.
+
+A row kernel's program takes ``TILE_ROWS`` rows of one teacher, and walks over that teacher's
+columns ``TILE_COLUMNS`` at a time. So one launch serves teachers of any widths, every sum has one
+owner and one order, and rows as well as teachers spread over the chip.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 2048  # numbers of each tensor that a program holds at once
+WIDTHS = (16, 64, 256, 1024)  # of tiles, in columns: few, since each is compiled
+STEP = 32  # columns that one step of a walk costs, however narrow its tile
+PROGRAMS = 512  # that fill a large GPU
+
+
+class Tile(NamedTuple):
+    """The shape of a row kernel's tile, and the warps that work on it."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+@cache
+def tile(rows: int, dims: tuple[int, ...], modes: int = 0) -> Tile:
+    """Choose the tile for so many rows of teachers of these widths.
+
+    Example:
+        >>> tile(8192, (1024,) * 8)
+        Tile(rows=2, columns=1024, warps=4)
+        >>> tile(32, (16,) * 1024)
+        Tile(rows=32, columns=16, warps=1)
+    """
+
+    def cost(columns: int) -> int:
+        return sum(-(-dim // columns) for dim in dims) * (columns + STEP)
+
+    columns = min(WIDTHS, key=cost)
+    height = min(TILE // columns, triton.next_power_of_2(max(1, rows)))
+    height = min(height, max(1, TILE // triton.next_power_of_2(max(1, modes))))
+    while height > 1 and -(-rows // height) * len(dims) < PROGRAMS and height * columns > TILE // 4:
+        height //= 2  # few programs: more of them, each with less in flight
+    return Tile(height, columns, max(1, min(4, height * columns // 512)))
+
+
+class Teachers(NamedTuple):
+    """Where teachers' columns lie: of one width, or between starts (a table on the device)."""
+
+    width: int
+    starts: Tensor | None
+
+
+@cache
+def teachers(dims: tuple[int, ...], device: torch.device) -> Teachers:
+    """Return the teachers' columns as kernels read them.
+
+    A table is made once a process and never freed: captured graphs keep its address. Making it
+    copies from the host, so ragged teachers need one call before a capture.
+    """
+    if len(set(dims)) == 1:
+        return Teachers(dims[0], None)
+    return Teachers(0, torch.tensor(list(accumulate(dims, initial=0)), device=device))
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make a tensor's GPU the current one, as launches want it."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
+    """Return a tensor's strides; zeros for one that is absent."""
+    return (0,) * count if tensor is None else tensor.stride()
+
+
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """See a bool tensor as bytes, which kernels can read."""
+    return None if mask is None else mask.view(torch.uint8)
+
+
+def accumulate_type(*tensors: Tensor) -> Any:
+    """Return the Triton type that losses of these tensors are computed in."""
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return tl.float64 if double else tl.float32
+
+
+@triton.jit
+def softmax(values):  # type: ignore[no-untyped-def]
+    """Return the softmax over the last axis, and the logarithm of the sum of exponentials."""
+    largest = tl.max(values, 1)
+    finite = tl.where(largest == float("-inf"), 0.0, largest)
+    exponentials = tl.exp(values - finite[:, None])
+    total = tl.sum(exponentials, 1)
+    return exponentials / total[:, None], finite + tl.log(total)
+
+
+@triton.jit
+def tanh_and_slope(x):  # type: ignore[no-untyped-def]
+    """Return tanh and its derivative from one exponential."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    r = 1.0 / (1.0 + e)
+    value = (1.0 - e) * r
+    return tl.where(x < 0, -value, value), 4.0 * e * r * r
+
+
+@triton.jit
+def _scale_kernel(x, scale, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    factor = tl.load(scale).to(tl.float32) if x.dtype.element_ty != tl.float64 else tl.load(scale)
+    if factor != 1.0:
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, step):
+            at = start + tl.arange(0, BLOCK)
+            values = tl.load(x + at, mask=at < size)
+            tl.store(x + at, (values * factor).to(values.dtype), mask=at < size)
+
+
+def scale_(tensors: Sequence[Tensor], scale: Tensor) -> None:
+    """Multiply in place by a number on the device; where that is 1, nothing is read."""
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            tensor.mul_(scale)
+        elif tensor.numel():
+            blocks = min(PROGRAMS, -(-tensor.numel() // 4096))
+            with on_device_of(tensor):
+                _scale_kernel[(blocks,)](tensor, scale, tensor.numel(), BLOCK=4096, num_warps=8)
+
+
+KERNELS: dict[str, Callable[..., Any]] = {"scale_": scale_}

@@ -1,0 +1,372 @@
+"""Gaussian negative log-likelihood in Triton: one kernel for the four operators of the loss.
+
+Without mixture modes value and gradients take one walk over a teacher's columns. With modes a
+first walk finds each mode's energy, a second one writes the gradients, weighted by the posterior;
+a tile's rows are few enough that it finds its inputs in the cache.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    accumulate_type,
+    as_bytes,
+    on_device_of,
+    softmax,
+    strides,
+    tanh_and_slope,
+    teachers,
+    tile,
+)
+
+HALF_LOG_2PI = tl.constexpr(0.91893853320467274178)
+
+
+@triton.jit
+def element(mean, log_std, target, BOUND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return one number's energy and its derivatives by the mean and by the log_std argument."""
+    slope = 1.0
+    if BOUND is not None:
+        ratio, slope = tanh_and_slope(log_std / BOUND)
+        log_std = BOUND * ratio
+    inverse_std = tl.exp(-log_std)
+    z = (target - mean) * inverse_std
+    return 0.5 * z * z + log_std, -z * inverse_std, (1.0 - z * z) * slope
+
+
+@triton.jit
+def _walk(  # type: ignore[no-untyped-def]
+    mean,
+    log_std,
+    target,
+    mean_grad,
+    log_std_grad,
+    mean_d,
+    log_std_d,
+    target_d,
+    mean_grad_d,
+    log_std_grad_d,
+    begin,
+    end,
+    inside,
+    counted,
+    grad,
+    BOUND: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Sum a tile of rows' energies over one teacher's columns; write the gradients wanted.
+
+    Pointers are those of the rows, one a row; gradients that are None are not written.
+    """
+    energy = tl.zeros_like(grad)
+    for start in range(begin, end, COLUMNS):
+        column = start + tl.arange(0, COLUMNS).to(tl.int64)[None, :]
+        here = column < end
+        read, write = here & counted[:, None], here & inside[:, None]
+        e, to_mean, to_log_std = element(
+            tl.load(mean[:, None] + column * mean_d, mask=read, other=0.0).to(grad.dtype),
+            tl.load(log_std[:, None] + column * log_std_d, mask=read, other=0.0).to(grad.dtype),
+            tl.load(target[:, None] + column * target_d, mask=read, other=0.0).to(grad.dtype),
+            BOUND,
+        )
+        energy += tl.sum(e, 1)
+        if mean_grad is not None:
+            to_mean = (grad[:, None] * to_mean).to(mean_grad.dtype.element_ty)
+            tl.store(mean_grad[:, None] + column * mean_grad_d, to_mean, mask=write)
+        if log_std_grad is not None:
+            to_log_std = (grad[:, None] * to_log_std).to(log_std_grad.dtype.element_ty)
+            tl.store(log_std_grad[:, None] + column * log_std_grad_d, to_log_std, mask=write)
+    return energy
+
+
+@triton.jit
+def _at_mode(index, values, mode):  # type: ignore[no-untyped-def]
+    """Return each row's value of one mode."""
+    return tl.sum(tl.where(index == mode, values, 0.0), 1)
+
+
+@triton.jit
+def _kernel(  # type: ignore[no-untyped-def]
+    mask,
+    starts,
+    mean,
+    log_std,
+    target,
+    logits,
+    coefficient,
+    matrix,
+    mean_grad,
+    log_std_grad,
+    logits_grad,
+    rows,
+    count,
+    modes,
+    width,
+    mask_n,
+    mask_t,
+    mean_n,
+    mean_m,
+    mean_d,
+    log_std_n,
+    log_std_m,
+    log_std_d,
+    target_n,
+    target_d,
+    logits_n,
+    logits_m,
+    logits_t,
+    coefficient_n,
+    coefficient_t,
+    mean_grad_n,
+    mean_grad_m,
+    mean_grad_d,
+    log_std_grad_n,
+    log_std_grad_m,
+    log_std_grad_d,
+    logits_grad_n,
+    logits_grad_m,
+    logits_grad_t,
+    ACC: tl.constexpr,
+    BOUND: tl.constexpr,
+    PER_DIM: tl.constexpr,
+    FULL: tl.constexpr,
+    MODES: tl.constexpr,  # a power of two, at least `modes`; 0 without mode logits
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Take a tile of rows of one teacher; tensors that are None are absent or not wanted."""
+    program = tl.program_id(0)
+    teacher = (program % count).to(tl.int64)
+    row = (program // count).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    begin = teacher * width
+    end = begin + width
+    if starts is not None:
+        begin = tl.load(starts + teacher)
+        end = tl.load(starts + teacher + 1)
+    counted = inside
+    if mask is not None:
+        counted &= tl.load(mask + row * mask_n + teacher * mask_t, mask=inside, other=0) != 0
+    columns = (end - begin).to(ACC)
+    grad = tl.zeros([ROWS], ACC)
+    if coefficient is not None:
+        c = coefficient + row * coefficient_n + teacher * coefficient_t
+        grad += tl.load(c, mask=counted, other=0.0).to(ACC)
+        if PER_DIM:
+            grad /= columns
+    constant = tl.zeros([ROWS], ACC)
+    if FULL:
+        constant += HALF_LOG_2PI * columns
+    mean += row * mean_n
+    log_std += row * log_std_n
+    target += row * target_n
+    if mean_grad is not None:
+        mean_grad += row * mean_grad_n
+    if log_std_grad is not None:
+        log_std_grad += row * log_std_grad_n
+    if MODES == 0:
+        loss = constant + _walk(
+            mean,
+            log_std,
+            target,
+            mean_grad,
+            log_std_grad,
+            mean_d,
+            log_std_d,
+            target_d,
+            mean_grad_d,
+            log_std_grad_d,
+            begin,
+            end,
+            inside,
+            counted,
+            grad,
+            BOUND,
+            COLUMNS,
+        )
+    else:
+        index = tl.arange(0, MODES)[None, :]
+        prior = tl.full([ROWS, MODES], float("-inf"), ACC)
+        joint = tl.full([ROWS, MODES], float("-inf"), ACC)
+        logits += row * logits_n + teacher * logits_t
+        for m in range(modes):
+            mode = tl.full([], m, tl.int64)
+            logit = tl.load(logits + mode * logits_m, mask=counted, other=0.0).to(ACC)
+            energy = constant + _walk(
+                mean + mode * mean_m,
+                log_std + mode * log_std_m,
+                target,
+                None,
+                None,
+                mean_d,
+                log_std_d,
+                target_d,
+                mean_grad_d,
+                log_std_grad_d,
+                begin,
+                end,
+                inside,
+                counted,
+                grad,
+                BOUND,
+                COLUMNS,
+            )
+            prior = tl.where(index == mode, logit[:, None], prior)
+            joint = tl.where(index == mode, (logit - energy)[:, None], joint)
+        prior, normaliser = softmax(prior)
+        posterior, evidence = softmax(joint)
+        loss = normaliser - evidence
+        if coefficient is not None:
+            to_logits = prior - posterior
+            if logits_grad is not None:
+                at = logits_grad + row[:, None] * logits_grad_n + teacher * logits_grad_t
+                to_logits = tl.where(counted[:, None], grad[:, None] * to_logits, 0.0)
+                tl.store(
+                    at + index.to(tl.int64) * logits_grad_m,
+                    to_logits.to(logits_grad.dtype.element_ty),
+                    mask=inside[:, None] & (index < modes),
+                )
+            for m in range(modes):
+                mode = tl.full([], m, tl.int64)
+                _walk(
+                    mean + mode * mean_m,
+                    log_std + mode * log_std_m,
+                    target,
+                    mean_grad + mode * mean_grad_m if mean_grad is not None else None,
+                    log_std_grad + mode * log_std_grad_m if log_std_grad is not None else None,
+                    mean_d,
+                    log_std_d,
+                    target_d,
+                    mean_grad_d,
+                    log_std_grad_d,
+                    begin,
+                    end,
+                    inside,
+                    counted,
+                    grad * _at_mode(index, posterior, mode),
+                    BOUND,
+                    COLUMNS,
+                )
+    if matrix is not None:
+        if PER_DIM:
+            loss /= columns
+        loss = tl.where(counted, loss, 0.0)
+        tl.store(matrix + row * count + teacher, loss, mask=inside)
+
+
+def _launch(
+    coefficient: Tensor | None,
+    args: Sequence[Any],
+    matrix: Tensor | None,
+    gradients: Sequence[Tensor | None],
+) -> None:
+    mask, dims, mean, log_std, target, logits, bound, per_dim, full = args
+    rows, count, modes = mean.shape[0], len(dims), 0 if logits is None else mean.shape[1]
+    if rows == 0:
+        return
+    dims = tuple(dims)
+    width, starts = teachers(dims, mean.device)
+    shape = tile(rows, dims, modes)
+    if logits is None:
+        mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)
+        gradients = [None if grad is None else grad.unsqueeze(1) for grad in gradients]
+    mean_grad, log_std_grad, logits_grad = gradients
+    with on_device_of(mean):
+        _kernel[(triton.cdiv(rows, shape.rows) * count,)](
+            as_bytes(mask),
+            starts,
+            mean,
+            log_std,
+            target,
+            logits,
+            coefficient,
+            matrix,
+            mean_grad,
+            log_std_grad,
+            logits_grad,
+            rows,
+            count,
+            modes,
+            width,
+            *strides(mask, 2),
+            *strides(mean, 3),
+            *strides(log_std, 3),
+            *strides(target, 2),
+            *strides(logits, 3),
+            *strides(coefficient, 2),
+            *strides(mean_grad, 3),
+            *strides(log_std_grad, 3),
+            *strides(logits_grad, 3),
+            ACC=accumulate_type(mean, log_std),
+            BOUND=bound,
+            PER_DIM=per_dim,
+            FULL=full,
+            MODES=0 if logits is None else triton.next_power_of_2(modes),
+            ROWS=shape.rows,
+            COLUMNS=shape.columns,
+            num_warps=shape.warps,
+        )
+
+
+def _empty_matrix(args: Sequence[Any]) -> Tensor:
+    _, dims, mean, log_std, *_ = args
+    double = torch.float64 in (mean.dtype, log_std.dtype)
+    dtype = torch.float64 if double else torch.float32
+    return torch.empty(mean.shape[0], len(dims), dtype=dtype, device=mean.device)
+
+
+def _empty_gradients(args: Sequence[Any], wanted: Sequence[bool]) -> list[Tensor | None]:
+    _, _, mean, log_std, _, logits, *_ = args
+    pairs = zip((mean, log_std, logits), wanted, strict=True)
+    return [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if want and x is not None else None
+        for x, want in pairs
+    ]
+
+
+def _returned(args: Sequence[Any], gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    return tuple(args[2].new_empty(0) if grad is None else grad for grad in gradients)
+
+
+def forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """Return the matrix, and an empty tensor: nothing is saved for the backward."""
+    matrix = _empty_matrix(args)
+    _launch(None, args, matrix, (None, None, None))
+    return matrix, args[2].new_empty(0)
+
+
+def backward(grad: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Return the gradients, given the gradient to the matrix."""
+    *args, wanted = args  # type: ignore[assignment]
+    gradients = _empty_gradients(args, wanted)
+    _launch(grad, args, None, gradients)
+    return _returned(args, gradients)
+
+
+def value_and_grad(coefficient: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Return the matrix and the gradients, scaled by the coefficient."""
+    *args, wanted = args  # type: ignore[assignment]
+    matrix, gradients = _empty_matrix(args), _empty_gradients(args, wanted)
+    _launch(coefficient, args, matrix, gradients)
+    return (matrix, *_returned(args, gradients))
+
+
+def value_and_grad_out(coefficient: Tensor, *args: Any) -> Tensor:
+    """Return the matrix; write the gradients into the last three arguments."""
+    *args, mean_grad, log_std_grad, logits_grad = args  # type: ignore[assignment]
+    matrix = _empty_matrix(args)
+    _launch(coefficient, args, matrix, (mean_grad, log_std_grad, logits_grad))
+    return matrix
+
+
+KERNELS = {
+    "forward": forward,
+    "backward": backward,
+    "value_and_grad": value_and_grad,
+    "value_and_grad_out": value_and_grad_out,
+}
