@@ -40,6 +40,7 @@ ON_GPU = {"gaussian_nll": "triton"}
 
 _FAMILIES = {"gaussian_nll": "gaussian", "scale_": "common"}  # files of mtkd/triton
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_GPU = "cpu" if _INTERPRETED else "cuda"  # the device type that kernels for GPUs serve
 
 
 def _load_extension() -> ModuleType | None:
@@ -49,6 +50,11 @@ def _load_extension() -> ModuleType | None:
     if find_spec("._C", __package__) is None:
         return None
     return import_module("._C", __package__)
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether kernels for GPUs serve a tensor; on a CPU they do where they are interpreted."""
+    return tensor.device.type == _GPU
 
 
 def triton_kernel(loss: str, role: str) -> Callable[..., Any]:
@@ -82,14 +88,13 @@ def _gpu_kernel(loss: str, role: str, operator: str) -> tuple[str, Callable[...,
 def _serve() -> dict[tuple[str, str], str]:
     """Register the kernels for GPUs; return what serves row losses, by loss and device type."""
     served = {(loss, "cpu"): "compiled" for loss in ON_GPU if extension is not None}
-    device = "cpu" if _INTERPRETED else "cuda"
     for loss in (loss for loss in LOSSES if loss.name in ON_GPU):
         for role, operator in loss.kernels.items():
-            served[loss.name, device], kernel = _gpu_kernel(loss.name, role, operator)
+            served[loss.name, _GPU], kernel = _gpu_kernel(loss.name, role, operator)
             if kernel is not None:
-                implement(operator, device.upper(), kernel)
+                implement(operator, _GPU.upper(), kernel)
     if find_spec("triton") is not None:
-        implement("scale_", device.upper(), triton_kernel("scale_", "scale_"))
+        implement("scale_", _GPU.upper(), triton_kernel("scale_", "scale_"))
     return served
 
 

@@ -7,9 +7,11 @@ mixtures, norms and softmaxes need all columns of a teacher at once.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-GOOD_ROWS = 2048  # GEMMs run near their peak from about this many rows
-GOOD_COLUMNS = 2048  # and columns, all parts counted
+GOOD_ROWS = 2048  # a CPU's GEMMs run near their peak from about this many rows
+GOOD_COLUMNS = 2048  # and columns, all parts counted; the tile stays in a shared cache
+WIDE_COLUMNS = 4096  # that a GPU's GEMMs want before they have more rows
 FLOAT_BYTES = 4
 
 
@@ -21,8 +23,14 @@ class Plan:
     groups: tuple[tuple[int, int], ...]
 
 
+@lru_cache(256)
 def tiles(
-    rows: int, dims: Sequence[int], parts: int, workspace: int, item: int = FLOAT_BYTES
+    rows: int,
+    dims: tuple[int, ...],
+    parts: int,
+    workspace: int,
+    item: int = FLOAT_BYTES,
+    fill: bool = False,
 ) -> Plan:
     """Choose the tiles of a projection.
 
@@ -33,19 +41,27 @@ def tiles(
         workspace: bytes that a tile may take; when a single row of the widest teacher takes
             more, tiles have one row.
         item: bytes a number.
+        fill: take all the workspace, as a GPU wants it: all rows while `WIDE_COLUMNS` fit beside
+            them, so that gradients of weights are written once; else a tile good for a cache.
 
     Returns:
         Rows a tile, at most `rows` and at least 1, and groups that cover all teachers in order.
 
     Example:
-        >>> tiles(8192, [1024] * 4, parts=2, workspace=64 << 20)
+        >>> tiles(8192, (1024,) * 4, parts=2, workspace=64 << 20)
         Plan(rows=2048, groups=((0, 1), (1, 2), (2, 3), (3, 4)))
-        >>> tiles(64, [64] * 256, parts=2, workspace=64 << 20)
+        >>> tiles(64, (64,) * 256, parts=2, workspace=64 << 20)
         Plan(rows=64, groups=((0, 256),))
+        >>> tiles(8192, (1024,) * 4, parts=2, workspace=256 << 20, item=6, fill=True)
+        Plan(rows=8192, groups=((0, 2), (2, 4)))
     """
-    height = max(1, min(rows, GOOD_ROWS))
-    # few rows leave room for wider tiles: fewer, larger GEMMs in the bytes of a good tile
-    good = min(workspace, GOOD_ROWS * GOOD_COLUMNS * item)
+    if fill:
+        wanted, good = min(parts * sum(dims), WIDE_COLUMNS), workspace
+        height = max(1, min(rows, workspace // (wanted * item)))
+    else:
+        height = max(1, min(rows, GOOD_ROWS))
+        # few rows leave room for wider tiles: fewer, larger GEMMs in the bytes of a good tile
+        good = min(workspace, GOOD_ROWS * GOOD_COLUMNS * item)
     width = max(1, good // (height * parts * item))
     groups = _group(dims, width)
     widest = max(sum(dims[first:last]) for first, last in groups)

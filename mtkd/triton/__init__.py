@@ -1,1 +1,1 @@
-"""Triton kernels, a file a family of losses; none yet: `ops` registers them when there are."""
+"""Triton kernels, a file a family of losses; `ops` registers them for GPUs."""

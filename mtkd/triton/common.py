@@ -95,7 +95,7 @@ def accumulate_type(*tensors: Tensor) -> Any:
 
 
 @triton.jit
-def softmax(values):  # type: ignore[no-untyped-def]
+def softmax(values):
     """Return the softmax over the last axis, and the logarithm of the sum of exponentials."""
     largest = tl.max(values, 1)
     finite = tl.where(largest == float("-inf"), 0.0, largest)
@@ -105,7 +105,7 @@ def softmax(values):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def tanh_and_slope(x):  # type: ignore[no-untyped-def]
+def tanh_and_slope(x):
     """Return tanh and its derivative from one exponential."""
     e = tl.exp(-2.0 * tl.abs(x))
     r = 1.0 / (1.0 + e)
@@ -114,7 +114,7 @@ def tanh_and_slope(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scale_kernel(x, scale, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scale_kernel(x, scale, size, BLOCK: tl.constexpr):
     factor = tl.load(scale).to(tl.float32) if x.dtype.element_ty != tl.float64 else tl.load(scale)
     if factor != 1.0:
         step = tl.num_programs(0).to(tl.int64) * BLOCK

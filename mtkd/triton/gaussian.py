@@ -28,7 +28,7 @@ HALF_LOG_2PI = tl.constexpr(0.91893853320467274178)
 
 
 @triton.jit
-def element(mean, log_std, target, BOUND: tl.constexpr):  # type: ignore[no-untyped-def]
+def element(mean, log_std, target, BOUND: tl.constexpr):
     """Return one number's energy and its derivatives by the mean and by the log_std argument."""
     slope = 1.0
     if BOUND is not None:
@@ -40,7 +40,7 @@ def element(mean, log_std, target, BOUND: tl.constexpr):  # type: ignore[no-unty
 
 
 @triton.jit
-def _walk(  # type: ignore[no-untyped-def]
+def _walk(
     mean,
     log_std,
     target,
@@ -85,13 +85,13 @@ def _walk(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _at_mode(index, values, mode):  # type: ignore[no-untyped-def]
+def _at_mode(index, values, mode):
     """Return each row's value of one mode."""
     return tl.sum(tl.where(index == mode, values, 0.0), 1)
 
 
 @triton.jit
-def _kernel(  # type: ignore[no-untyped-def]
+def _kernel(
     mask,
     starts,
     mean,
