@@ -6,12 +6,15 @@ for a ratio to a baseline's time or for a share, and a largest one for those in 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 ROWS, FUSED = "gaussian_nll", "linear_gaussian_nll"  # functions of mtkd.functional
 # quantities of which little is asked; every other one should be large
 AT_MOST = {"milliseconds": "ms", "extra memory": "MiB", "host time": "us"}
 ERROR_LIMIT = {32: 1e-5, 16: 2.0}  # relative error; for 16 bits, in units of the least possible
 IMPORT_LIMIT = 0.15  # seconds over `import torch`
+DRY = (4, 2, 20, 8)  # rows, teachers, width, features: sizes of a dry run
+CHECKED = (70, 5, 300, 40)  # of `--check`: little work, more than one tile in each dimension
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,14 @@ class Case:
         names = ("rows", "teachers", "width", "features", "modes", "masked", "sequence")
         return {"loss": self.loss} | {name: int(getattr(self, name)) for name in names}
 
-    def shrunk(self) -> "Case":
-        """The same in small, for a dry run."""
+    def shrunk(self, rows: int, teachers: int, width: int, features: int) -> "Case":
+        """The same, no larger than these sizes."""
         return replace(
             self,
-            rows=min(self.rows, 6),
-            teachers=min(self.teachers, 3),
-            width=min(self.width, 20),
-            features=min(self.features, 16),
+            rows=min(self.rows, rows),
+            teachers=min(self.teachers, teachers),
+            width=min(self.width, width),
+            features=min(self.features, features),
         )
 
     def wanted(self, regime: str) -> Iterator[tuple[str, float]]:
@@ -76,11 +79,13 @@ class Case:
                 yield quantity, limit
 
 
-def _rows(*size: int, baselines: tuple[str, ...] = ("eager", "loop"), **more) -> Case:  # type: ignore[no-untyped-def]
+def _rows(*size: int, baselines: tuple[str, ...] = ("eager", "loop"), **more: Any) -> Case:
     return Case(ROWS, *size, baselines=baselines, **more)
 
 
-def _fused(*size: int, baselines: tuple[str, ...] = ("eager", "loop", "gemms"), **more) -> Case:  # type: ignore[no-untyped-def]
+def _fused(
+    *size: int, baselines: tuple[str, ...] = ("eager", "loop", "gemms"), **more: Any
+) -> Case:
     return Case(FUSED, *size, baselines=baselines, **more)
 
 
@@ -89,7 +94,7 @@ COMPILED = ("eager", "loop", "compile")
 GRAPHED = ("eager", "loop", "graph", "gemms")
 
 CPU = (
-    _rows(1, 1, 8, baselines=COMPILED, asked={"cold host time": 100}),
+    _rows(4, 1, 8, baselines=COMPILED, asked={"cold host time": 100}),
     _rows(
         4096,
         4,
@@ -126,8 +131,8 @@ GPU = (
         asked={"gpu milliseconds": 0.25, "gpu loop": 100, "gpu graph": 20},
     ),
     _rows(8192, 8, 1024, baselines=COMPILED, asked={"gpu floor": 0.85, "gpu compile": 1.3}),
-    _rows(1, 1, 8, asked={"gpu host time": 80}),
-    _fused(1, 1, 8, 8),
+    _rows(4, 1, 8, asked={"gpu host time": 80}),
+    _fused(4, 1, 8, 8),
     _rows(512, 1024, 16, baselines=(*COMPILED, "graph")),
     _rows(4096, 8, 512, modes=4, baselines=COMPILED),
     _rows(8192, 8, 1024, masked=True, baselines=COMPILED),

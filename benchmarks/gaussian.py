@@ -4,8 +4,6 @@ Baselines compute in the dtype of their inputs, as the formulas stand: the faste
 them in PyTorch, not the most accurate.
 """
 
-import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch.nn import functional
 import mtkd.functional as F
 
 from .cases import ROWS, Case
+from .problem import Draw, Problem
 
 
 def matrix(
@@ -47,93 +46,6 @@ def packed(
     if logits is None and mask is None:  # teachers are equally wide: the mean of their means
         return (0.5 * ((target - mean) * torch.exp(-log_std)).square() + log_std).mean()
     return reduced(matrix(mean, log_std, target, logits, teachers), mask)
-
-
-class Problem:
-    """Random inputs of a case, its loss, and the formulas beside it."""
-
-    def __init__(self, case: Case, draw: "Draw"):
-        self.case, self.draw = case, draw
-        shape = (case.rows, case.teachers)
-        self.mask = draw.normal(*shape) > -0.5 if case.masked else None
-        self.target = draw.normal(case.rows, case.teachers * case.width)
-        self.split_inputs: list[Tensor] = []  # a loop's leaves
-
-    def trained(self) -> list[Tensor]:
-        """The packed tensors that gradients go to."""
-        raise NotImplementedError
-
-    def ours(self) -> Tensor:
-        """The library's loss."""
-        raise NotImplementedError
-
-    def eager(self) -> Tensor:
-        """The packed formula."""
-        raise NotImplementedError
-
-    def loop(self) -> Tensor:
-        """Teacher after teacher, as training scripts write it."""
-        raise NotImplementedError
-
-    def clear(self) -> None:
-        """Forget all gradients."""
-        for x in (*self.trained(), *self.split_inputs):
-            x.grad = None
-
-    def double(self) -> "Problem":
-        """The same numbers in float64."""
-        other = copy.copy(self)
-        for name, x in vars(self).items():
-            if isinstance(x, Tensor) and x.is_floating_point():
-                setattr(other, name, x.detach().double().requires_grad_(x.requires_grad))
-        return other
-
-    def gradient_bytes(self) -> int:
-        """Bytes of the gradients, which are no extra memory."""
-        return sum(x.numel() * x.element_size() for x in self.trained())
-
-    def ours_gradients(self) -> tuple[Tensor, list[Tensor]]:
-        """The library's value and its gradients, packed."""
-        value = self.ours()
-        return value.detach(), list(torch.autograd.grad(value, self.trained()))
-
-    def leaves(self, *packed: tuple[Tensor | None, int]) -> list[list[Any]]:
-        """Split tensors by teacher along a dimension into leaves: one row a teacher."""
-        columns = []
-        for tensor, dim in packed:
-            if tensor is None:
-                columns.append([None] * self.case.teachers)
-                continue
-            parts = tensor.detach().chunk(self.case.teachers, dim)
-            leaf = [part.clone().requires_grad_(tensor.requires_grad) for part in parts]
-            self.split_inputs += leaf if tensor.requires_grad else []
-            columns.append(leaf)
-        return [list(row) for row in zip(*columns, strict=True)]
-
-    def masks(self) -> Sequence[Tensor | None]:
-        """The mask of each teacher."""
-        count = self.case.teachers
-        return [None] * count if self.mask is None else self.mask.chunk(count, -1)
-
-    def together(self, losses: list[Tensor]) -> Tensor:
-        """The reduced loss of teachers' columns."""
-        if self.mask is None:
-            return torch.stack([loss.mean() for loss in losses]).mean()
-        pairs = zip(losses, self.masks(), strict=True)
-        return torch.stack([(loss * mask).sum() for loss, mask in pairs]).sum() / self.mask.sum()
-
-
-class Draw:
-    """Where random numbers come from: device, dtype, seed."""
-
-    def __init__(self, device: str, dtype: torch.dtype, seed: int):
-        self.device, self.dtype = device, dtype
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normal numbers of mean 0."""
-        numbers = torch.randn(shape, generator=self.generator, device=self.device)
-        return (scale * numbers).to(self.dtype)
 
 
 class Rows(Problem):
@@ -182,10 +94,15 @@ class Rows(Problem):
     def loop(self) -> Tensor:
         return self.together([matrix(*part, 1) for part in self.parts])
 
+    def temporaries(self) -> int:
+        return 8 * self.mean.numel() * self.mean.element_size()
+
     def floor_bytes(self) -> int:
-        """Least traffic: three inputs read, two gradients written."""
-        columns = 2 * (self.mean.numel() + self.log_std.numel()) + self.target.numel()
-        return columns * self.mean.element_size()
+        """Least traffic: what counts of three inputs read, two gradients written."""
+        read = sum(x.numel() for x in (self.mean, self.log_std, self.target))
+        counted = 1.0 if self.mask is None else float(self.mask.float().mean())
+        written = self.mean.numel() + self.log_std.numel()
+        return int(counted * read + written) * self.mean.element_size()
 
     def operator_arguments(self) -> tuple[Any, ...]:
         """What the operators of the loss take after the coefficient."""
@@ -220,8 +137,14 @@ class Fused(Problem):
             self.mode_bias = draw.normal(*shape, scale=0.1).requires_grad_()
         self.parts: list[list[Any]] = []
         if "loop" in case.baselines:  # every teacher a layer of its own
-            layers = (self.weight, -2), (self.bias, -1), (self.mode_weight, 1), (self.mode_bias, 1)
-            self.parts = self.leaves(*layers, (self.target, -1))
+            means, deviations = ((self.weight[k], self.bias[k]) for k in (0, 1))
+            columns = [
+                (x, dim)
+                for pair in (means, deviations)
+                for x, dim in zip(pair, (-2, -1), strict=True)
+            ]
+            modes = (self.mode_weight, 1), (self.mode_bias, 1)
+            self.parts = self.leaves(*columns, *modes, (self.target, -1))
 
     def trained(self) -> list[Tensor]:
         layers = (self.x, self.weight, self.bias, self.mode_weight, self.mode_bias)
@@ -246,9 +169,8 @@ class Fused(Problem):
 
     def loop(self) -> Tensor:
         losses = []
-        for weight, bias, mode_weight, mode_bias, target in self.parts:
-            mean, log_std = _layer(self.x, weight, bias).unbind(1)
-            logits = _layer(self.x, mode_weight, mode_bias)
+        for *layers, target in self.parts:
+            mean, log_std, logits = (_layer(self.x, *layers[i : i + 2]) for i in (0, 2, 4))
             losses.append(matrix(mean, log_std, target, logits, 1))
         return self.together(losses)
 
@@ -266,8 +188,7 @@ class Fused(Problem):
         return products
 
     def temporaries(self) -> int:
-        """About how many bytes the unfused form needs beside its inputs."""
-        return 4 * self.weight[..., 0].numel() * self.case.rows * self.x.element_size() * 2
+        return 8 * self.case.rows * self.weight[..., 0].numel() * self.x.element_size()
 
     def floor_bytes(self) -> int:
         """Least traffic: the layers and their gradients, the input and its, the target."""

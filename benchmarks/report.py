@@ -1,91 +1,110 @@
-"""Results as a table on screen and one JSON file a machine and date."""
+"""What a result says: cells of tables, and how it stands to what is asked."""
 
-import json
-import re
-from datetime import date
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from .cases import Case
+from .cases import AT_MOST, Case
 
-BASELINES = ("eager", "loop", "compile", "gemms")
-
-
-def path_of(folder: Path, machine: dict[str, Any]) -> Path:
-    """The file of this machine today."""
-    words = f"{machine['cpu']} {machine['cpu_family_model']}"
-    slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-    return folder / f"{date.today()}-{slug}-{machine['threads']}t.json"
+BASELINES = ("eager", "loop", "compile", "graph", "gemms")
+MIB = 2**20
+TOTAL = "forward + backward"
 
 
-def add(path: Path, machine: dict[str, Any], section: str, key: str, entry: Any) -> None:
-    """Add one result at once, so that an interrupted run keeps what it has."""
-    data = json.loads(path.read_text()) if path.exists() else {}
-    data["machine"] = machine
-    data.setdefault(section, {})[key] = entry
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+def quantity(name: str, result: dict[str, Any]) -> float | None:
+    """The number of a result that a quantity of `Case.asked` names; None where it has none."""
+    times = result.get("milliseconds", {})
+    if "ours" not in times:
+        return None
+    if name == "floor":
+        return result["share_of_floor"]
+    if name == "milliseconds":
+        return times["ours"]
+    if name == "extra memory":
+        return extra_mib(result)
+    if name == "host time":
+        return result.get("host_microseconds", {}).get(TOTAL)
+    return times[name] / times["ours"] if name in times else None
+
+
+def extra_mib(result: dict[str, Any]) -> float | None:
+    """Memory that a call takes beside inputs and gradients."""
+    peak = result.get("memory_mib", {}).get("ours")
+    return None if peak is None else max(0.0, peak - result["gradient_mib"])
+
+
+def meets(name: str, got: float, limit: float) -> bool:
+    """Whether a quantity is as asked."""
+    return got <= limit if name in AT_MOST else got >= limit
+
+
+def shown(name: str, value: float) -> str:
+    """A quantity as text, with its unit."""
+    if name in AT_MOST:
+        return f"{value:.3g} {AT_MOST[name]}" if value < 100 else f"{value:.0f} {AT_MOST[name]}"
+    if name in ("gemms", "floor"):
+        return f"{100 * value:.1f} %"
+    return f"{value:.3g} x" if value < 100 else f"{value:.0f} x"
+
+
+WORDS = {
+    "gemms": "of its three GEMMs' speed",
+    "floor": "of the copy floor",
+    "graph": "faster than the loop in a CUDA graph",
+    "compile": "faster than torch.compile",
+    "extra memory": "extra memory",
+    "host time": "host time",
+    "milliseconds": "time",
+}
+
+
+def wording(name: str) -> str:
+    """A quantity in words."""
+    return WORDS.get(name, f"faster than {name}")
+
+
+def standing(case: Case, regime: str, result: dict[str, Any]) -> Iterator[str]:
+    """Yield how what is asked of a case stands, a line each."""
+    for name, limit in case.wanted(regime):
+        got = quantity(name, result)
+        if got is not None:
+            verdict = "reached" if meets(name, got, limit) else "NOT reached"
+            text = f"{wording(name)}: {shown(name, got)}"
+            yield f"    {text}, asked {shown(name, limit)}, {verdict}"
 
 
 def header() -> str:
-    """The table's first line."""
-    names = "".join(f"{name:>18}" for name in BASELINES)
-    return f"{'case':48}{'ours':>9}{names}{'of floor':>9}{'extra':>8}{'error':>9}"
+    """The table's first line on screen."""
+    names = "".join(f"{name:>19}" for name in BASELINES)
+    return f"{'case':50}{'ours, ms':>9}{names}{'of floor':>9}{'extra':>8}{'error':>9}"
 
 
 def line(case: Case, result: dict[str, Any]) -> str:
-    """A row: milliseconds, and in brackets how many times faster ours is."""
+    """A row on screen: milliseconds, and in brackets how many times faster ours is."""
     times = result["milliseconds"]
     cells = []
     for name in BASELINES:
-        ratio = f"({times[name] / times['ours']:.2f}x)" if name in times else ""
-        cells.append(f"{times[name]:>9.2f} {ratio:>8}" if name in times else f"{'-':>18}")
-    extra = result["extra_mib"]
+        ratio = quantity(name, result)
+        text = "-" if ratio is None else f"{times[name]:.3f} ({ratio:.2f}x)"
+        cells.append(f"{text:>19}")
+    extra = extra_mib(result)
     memory = "-" if extra is None else f"{extra:.0f}M"
     share = f"{100 * result['share_of_floor']:.0f}%"
-    ours = f"{times['ours']:>9.2f}"
-    error = f"{result['gradient_error']:.0e}"
-    return f"{case.name:48}{ours}{''.join(cells)}{share:>9}{memory:>8}{error:>9}"
+    ours, error = f"{times['ours']:>9.3f}", f"{result['gradient_error']:.0e}"
+    return f"{case.name:50}{ours}{''.join(cells)}{share:>9}{memory:>8}{error:>9}"
 
 
-def asked(case: Case, regime: str, result: dict[str, Any]) -> list[str]:
-    """How the ratios asked of a case stand."""
-    times = result["milliseconds"]
-    rows = []
-    for key, wanted in case.asked.items():
-        kind, baseline = key.split()
-        if kind == regime and baseline in times:
-            got = times[baseline] / times["ours"]
-            verdict = "reached" if got >= wanted else "NOT reached"
-            rows.append(f"    asked {wanted:.2f}x of {baseline}: {got:.2f}x, {verdict}")
-    return rows
+def errors(result: dict[str, Any]) -> str:
+    """The errors of a result in words."""
+    named = {"ours": result["of_allowed"]} | result.get("of_allowed_by_implementation", {})
+    shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in named.items())
+    return f"error {result['gradient_error']:.1e}; of what is allowed: {shares}"
 
 
-def markdown(path: Path) -> str:
-    """The results of a file as Markdown tables, one a regime."""
-    data = json.loads(path.read_text())
-    machine = data["machine"]
-    text = [
-        f"Measured {path.name[:10]} on {machine['cpu']} ({machine['cores']} cores, SIMD"
-        f" {machine['simd']}), {machine['threads']} threads, torch {machine['torch']}.\n"
-    ]
-    for regime in ("cold", "warm"):
-        probes = ", ".join(f"{k} {v:.0f}" for k, v in data["probes"][regime].items() if k != "load")
-        names = " | ".join(f"{name} / ours" for name in BASELINES)
-        text += [f"### {regime}\n", f"Ceilings of the run: {probes}.\n"]
-        text += [f"| case | ours, ms | {names} | of floor | extra, MiB |"]
-        text += ["|---|---|" + "---|" * (len(BASELINES) + 2)]
-        for case, result in data[regime].items():
-            times = result["milliseconds"]
-            ratios = [f"{times[b] / times['ours']:.2f}" if b in times else "" for b in BASELINES]
-            share, extra = f"{100 * result['share_of_floor']:.0f} %", f"{result['extra_mib']:.0f}"
-            cells = [case, f"{times['ours']:.2f}", *ratios, share, extra]
-            text.append("| " + " | ".join(cells) + " |")
-        text.append("")
-    if "imports" in data:
-        taken = data["imports"]["seconds"]
-        text.append(
-            f"`import torch` takes {taken['torch']:.2f} s; `import mtkd.functional` adds"
-            f" {taken['mtkd.functional']:.3f} s."
-        )
-    return "\n".join(text)
+def details(result: dict[str, Any]) -> Iterator[str]:
+    """Yield what else a result has to say, a line each."""
+    for role, times in result.get("implementations", {}).items():
+        yield "    " + role + ": " + ", ".join(f"{k} {v:.4f} ms" for k, v in times.items())
+    for what, taken in result.get("host_microseconds", {}).items():
+        yield f"    host time, {what}: {taken:.1f} us"
+    for name, why in result["skipped"].items():
+        yield f"    {name} left out: {why}"
