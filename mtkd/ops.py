@@ -38,7 +38,12 @@ LOSSES: tuple[Loss, ...] = (gaussian_nll, linear_gaussian_nll)
 # and Triton where nothing has been measured.
 ON_GPU = {"gaussian_nll": "triton"}
 
-_FAMILIES = {"gaussian_nll": "gaussian", "scale_": "common"}  # files of mtkd/triton
+_FAMILIES = {  # files of mtkd/triton
+    "gaussian_nll": "gaussian",
+    "linear_gaussian_nll": "linear_gaussian",
+    "scale_": "common",
+}
+_WITH_TRITON = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _GPU = "cpu" if _INTERPRETED else "cuda"  # the device type that kernels for GPUs serve
 
@@ -57,8 +62,13 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == _GPU
 
 
+def has_triton(tensor: torch.Tensor) -> bool:
+    """Whether Triton kernels can take a tensor."""
+    return _WITH_TRITON and on_gpu(tensor)
+
+
 def triton_kernel(loss: str, role: str) -> Callable[..., Any]:
-    """Return the Triton kernel of a row loss; Triton is imported when it is first called."""
+    """Return a Triton kernel of a loss; Triton is imported when it is first called."""
 
     def launch(*args: Any) -> Any:
         file = import_module(f".triton.{_FAMILIES[loss]}", __package__)
@@ -77,12 +87,11 @@ def _compiled(operator: str) -> Callable[..., Any] | None:
 
 def _gpu_kernel(loss: str, role: str, operator: str) -> tuple[str, Callable[..., Any] | None]:
     """What serves an operator on a GPU, and its kernel; the formula has none to register."""
-    with_triton = find_spec("triton") is not None
-    if ON_GPU[loss] == "compiled" or not with_triton:
+    if ON_GPU[loss] == "compiled" or not _WITH_TRITON:
         compiled = None if _INTERPRETED else _compiled(operator)
         if compiled is not None:
             return "compiled", compiled
-    return ("triton", triton_kernel(loss, role)) if with_triton else ("formula", None)
+    return ("triton", triton_kernel(loss, role)) if _WITH_TRITON else ("formula", None)
 
 
 def _serve() -> dict[tuple[str, str], str]:
@@ -93,8 +102,9 @@ def _serve() -> dict[tuple[str, str], str]:
             served[loss.name, _GPU], kernel = _gpu_kernel(loss.name, role, operator)
             if kernel is not None:
                 implement(operator, _GPU.upper(), kernel)
-    if find_spec("triton") is not None:
-        implement("scale_", _GPU.upper(), triton_kernel("scale_", "scale_"))
+    scale_ = triton_kernel("scale_", "scale_") if _WITH_TRITON else _compiled("scale_")
+    if scale_ is not None:
+        implement("scale_", _GPU.upper(), scale_)
     return served
 
 

@@ -63,7 +63,7 @@ def tiles(
         # few rows leave room for wider tiles: fewer, larger GEMMs in the bytes of a good tile
         good = min(workspace, GOOD_ROWS * GOOD_COLUMNS * item)
     width = max(1, good // (height * parts * item))
-    groups = _group(dims, width)
+    groups = _balanced(dims, width)
     widest = max(sum(dims[first:last]) for first, last in groups)
     height = max(1, min(height, workspace // (widest * parts * item)))
     return Plan(height, groups)
@@ -72,6 +72,13 @@ def tiles(
 def stash_fits(rows: int, width: int, workspace: int, item: int = FLOAT_BYTES) -> bool:
     """Whether the gradient of the whole projection, `width` numbers a row, fits the budget."""
     return rows * width * item <= workspace
+
+
+def _balanced(dims: Sequence[int], width: int) -> tuple[tuple[int, int], ...]:
+    """Group as few times as the width allows, into groups of about one size."""
+    groups = _group(dims, width)
+    even = _group(dims, -(-sum(dims) // len(groups)))
+    return even if len(even) == len(groups) else groups
 
 
 def _group(dims: Sequence[int], width: int) -> tuple[tuple[int, int], ...]:

@@ -26,6 +26,7 @@ class Implementation:
     find: Callable[[Loss, str], Callable[..., Any]]
     device: str = "cpu"
     drivers: bool = True  # whether it has losses fused with a layer, which drivers make of rows
+    half_factor: float = 1  # of the 16-bit tolerance, where such losses keep 16-bit operands
 
     def serves(self, loss: Loss) -> bool:
         return self.drivers or not loss.name.startswith("linear_")
@@ -65,9 +66,13 @@ def _compiled_cuda(loss: Loss, role: str) -> Callable[..., Any]:
 
 
 FORMULA = Implementation("formula", _formula)
-REGISTERED = Implementation("triton" if INTERPRETED else "compiled", _registered)
+REGISTERED = (
+    Implementation("triton", _registered, half_factor=2)
+    if INTERPRETED
+    else Implementation("compiled", _registered)
+)
 ON_GPU = [
-    Implementation("cuda", _registered, "cuda"),
+    Implementation("cuda", _registered, "cuda", half_factor=2),
     Implementation("cuda-triton", _triton, "cuda", drivers=False),
     Implementation("cuda-compiled", _compiled_cuda, "cuda", drivers=False),
 ]

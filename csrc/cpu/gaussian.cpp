@@ -5,8 +5,8 @@
 
 #include <algorithm>
 #include <numeric>
-#include <tuple>
 
+#include "../gaussian_operators.h"
 #include "rows.h"
 
 namespace mtkd::cpu {
@@ -223,7 +223,7 @@ void short_teachers(const Inputs& in, const Outputs& out, const View& coefficien
 }
 
 template <class A>
-void run(const Inputs& in, const Outputs& out, const View& coefficient) {
+void run_as(const Inputs& in, const Outputs& out, const View& coefficient) {
   const int64_t groups = static_cast<int64_t>(in.groups.size()) - 1;
   for_each_row_and_group(in.rows, groups, in.modes * in.offsets.back(), [&](int64_t n, int64_t g) {
     const int64_t first = in.groups[g], last = in.groups[g + 1];
@@ -254,152 +254,42 @@ std::vector<int64_t> each_teacher(int64_t teachers) {
   return groups;
 }
 
-bool is_floating(const Tensor& t) {
-  const ScalarType s = t.scalar_type();
-  return s == ScalarType::Float || s == ScalarType::Double || s == ScalarType::Half ||
-         s == ScalarType::BFloat16;
-}
-
-// The arguments that the four operators share, checked and in one place.
-struct Problem {
+Inputs inputs_of(const gaussian::Arguments& arguments) {
   Inputs in;
-  ScalarType dtype;
+  in.mean = View(arguments.mean), in.log_std = View(arguments.log_std);
+  in.target = View(arguments.target), in.logits = View(arguments.mode_logits);
+  in.mask = View(arguments.mask);
+  in.offsets = offsets_of(arguments.dims);
+  for (int64_t width : arguments.dims)
+    in.scales.push_back(arguments.per_dim ? 1.0 / static_cast<double>(width) : 1.0);
+  in.groups = in.logits ? each_teacher(arguments.teachers) : group_short(in.offsets);
+  in.rows = arguments.rows, in.modes = arguments.modes, in.teachers = arguments.teachers;
+  in.bound = arguments.bound, in.full = arguments.full;
+  return in;
+}
 
-  Problem(const OptionalTensor& mask, const std::vector<int64_t>& dims, const Tensor& mean,
-          const Tensor& log_std, const Tensor& target, const OptionalTensor& mode_logits,
-          std::optional<double> bound, bool per_dim, bool full)
-      : dtype(accumulate_dtype(mean, log_std)) {
-    const int64_t inner = mode_logits ? 3 : 2;
-    STD_TORCH_CHECK(mean.dim() == inner && log_std.dim() == inner && target.dim() == 2,
-                    "gaussian_nll: mean and log_std are (N, D), or (N, M, D) with mode_logits");
-    in.offsets = offsets_of(dims);
-    for (int64_t width : dims)
-      in.scales.push_back(per_dim ? 1.0 / static_cast<double>(width) : 1.0);
-    in.rows = mean.size(0), in.modes = mode_logits ? mean.size(1) : 1, in.teachers = dims.size();
-    in.groups = mode_logits ? each_teacher(in.teachers) : group_short(in.offsets);
-    in.bound = bound.value_or(0.0), in.full = full;
-    for (int64_t i = 0; i < inner; ++i)
-      STD_TORCH_CHECK(log_std.size(i) == mean.size(i), "gaussian_nll: mean and log_std differ");
-    STD_TORCH_CHECK(target.size(0) == in.rows && target.size(1) == in.offsets.back() &&
-                        mean.size(inner - 1) == in.offsets.back(),
-                    "gaussian_nll: columns and dims do not agree");
-    STD_TORCH_CHECK(is_floating(mean) && is_floating(log_std) && is_floating(target) &&
-                        (!mode_logits || is_floating(*mode_logits)),
-                    "gaussian_nll: floating-point tensors expected");
-    if (mode_logits)
-      STD_TORCH_CHECK(mode_logits->dim() == 3 && mode_logits->size(0) == in.rows &&
-                          mode_logits->size(1) == in.modes && mode_logits->size(2) == in.teachers,
-                      "gaussian_nll: mode_logits is (N, M, T)");
-    if (mask) check_matrix(*mask, "mask");
-    in.mean = View(mean), in.log_std = View(log_std), in.target = View(target);
-    in.logits = View(mode_logits), in.mask = View(mask);
+Outputs outputs_of(const gaussian::Results& results) {
+  Outputs out{View(results.loss), View(results.mean_grad), View(results.log_std_grad),
+              View(results.logits_grad)};
+  for (auto [view, grad] : {std::pair(&out.mean_grad, &results.mean_grad),
+                            std::pair(&out.log_std_grad, &results.log_std_grad)})
+    view->streamed = results.fresh && *grad && (*grad)->numel() * view->item >= kLargeBytes;
+  return out;
+}
+
+void run(const gaussian::Arguments& arguments, const OptionalTensor& coefficient,
+         const gaussian::Results& results) {
+  const Inputs in = inputs_of(arguments);
+  const Outputs out = outputs_of(results);
+  if (arguments.dtype == ScalarType::Double) {
+    run_as<double>(in, out, View(coefficient));
+  } else {
+    run_as<float>(in, out, View(coefficient));
   }
-
-  void check_matrix(const Tensor& matrix, const char* name) const {
-    STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) == in.rows && matrix.size(1) == in.teachers,
-                    "gaussian_nll: ", name, " is (N, T)");
-  }
-
-  Tensor empty_matrix(const Tensor& like) const {
-    return empty(like, {in.rows, in.teachers}, dtype);
-  }
-
-  void run(const Outputs& out, const View& coefficient) const {
-    if (dtype == ScalarType::Double) {
-      cpu::run<double>(in, out, coefficient);
-    } else {
-      cpu::run<float>(in, out, coefficient);
-    }
-  }
-};
-
-std::vector<int64_t> shape_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
-
-void check_output(const Tensor& output, const Tensor& argument, const char* name) {
-  STD_TORCH_CHECK(is_floating(output) && shape_of(output) == shape_of(argument), "gaussian_nll: ",
-                  name, " has its argument's shape, and a floating dtype");
-}
-
-Tensor gradient_like(const Tensor& t, bool wanted) {
-  return empty(t, wanted ? shape_of(t) : std::vector<int64_t>{0}, t.scalar_type());
-}
-
-View view_if(const Tensor& t, bool wanted) { return wanted ? View(t) : View(); }
-
-View gradient_view(const Tensor& t, bool wanted) {
-  View view = view_if(t, wanted);
-  view.streamed = t.numel() * view.item >= kLargeBytes;
-  return view;
-}
-
-// (matrix if wanted, gradients) from a gradient to the matrix.
-std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Problem& problem, bool with_matrix,
-                                                     const Tensor& coefficient, const Tensor& mean,
-                                                     const Tensor& log_std,
-                                                     const OptionalTensor& mode_logits,
-                                                     const std::vector<bool>& wanted) {
-  problem.check_matrix(coefficient, "the gradient");
-  const bool with_logits = wanted[2] && mode_logits;
-  Tensor matrix = with_matrix ? problem.empty_matrix(mean) : empty(mean, {0}, problem.dtype);
-  Tensor mean_grad = gradient_like(mean, wanted[0]);
-  Tensor log_std_grad = gradient_like(log_std, wanted[1]);
-  Tensor logits_grad = gradient_like(mode_logits ? *mode_logits : mean, with_logits);
-  problem.run({view_if(matrix, with_matrix), gradient_view(mean_grad, wanted[0]),
-               gradient_view(log_std_grad, wanted[1]), view_if(logits_grad, with_logits)},
-              View(coefficient));
-  return {matrix, mean_grad, log_std_grad, logits_grad};
-}
-
-#define MTKD_GAUSSIAN_ARGUMENTS                                                               \
-  OptionalTensor mask, std::vector<int64_t> dims, Tensor mean, Tensor log_std, Tensor target, \
-      OptionalTensor mode_logits, std::optional<double> bound, bool per_dim, bool full
-#define MTKD_GAUSSIAN_PROBLEM \
-  Problem(mask, dims, mean, log_std, target, mode_logits, bound, per_dim, full)
-
-std::tuple<Tensor, Tensor> forward(MTKD_GAUSSIAN_ARGUMENTS) {
-  const auto problem = MTKD_GAUSSIAN_PROBLEM;
-  Tensor matrix = problem.empty_matrix(mean);
-  problem.run({View(matrix), View(), View(), View()}, View());
-  return {matrix, empty(mean, {0}, mean.scalar_type())};
-}
-
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor /*saved*/, MTKD_GAUSSIAN_ARGUMENTS,
-                                            std::vector<bool> output_mask) {
-  auto [matrix, mean_grad, log_std_grad, logits_grad] =
-      gradients(MTKD_GAUSSIAN_PROBLEM, false, grad, mean, log_std, mode_logits, output_mask);
-  return {mean_grad, log_std_grad, logits_grad};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> value_and_grad(Tensor coefficient,
-                                                          MTKD_GAUSSIAN_ARGUMENTS,
-                                                          std::vector<bool> output_mask) {
-  return gradients(MTKD_GAUSSIAN_PROBLEM, true, coefficient, mean, log_std, mode_logits,
-                   output_mask);
-}
-
-// The gradients go into tensors of any dtype, which may be the arguments themselves.
-Tensor value_and_grad_out(Tensor coefficient, MTKD_GAUSSIAN_ARGUMENTS, Tensor mean_grad,
-                          Tensor log_std_grad, OptionalTensor mode_logits_grad) {
-  const auto problem = MTKD_GAUSSIAN_PROBLEM;
-  problem.check_matrix(coefficient, "the coefficient");
-  check_output(mean_grad, mean, "mean_grad");
-  check_output(log_std_grad, log_std, "log_std_grad");
-  STD_TORCH_CHECK(mode_logits.has_value() == mode_logits_grad.has_value(),
-                  "gaussian_nll: mode_logits_grad is given with mode_logits");
-  if (mode_logits) check_output(*mode_logits_grad, *mode_logits, "mode_logits_grad");
-  Tensor matrix = problem.empty_matrix(mean);
-  problem.run({View(matrix), View(mean_grad), View(log_std_grad), View(mode_logits_grad)},
-              View(coefficient));
-  return matrix;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mtkd, CPU, m) {
-  m.impl("gaussian_nll", TORCH_BOX(&forward));
-  m.impl("gaussian_nll_backward", TORCH_BOX(&backward));
-  m.impl("gaussian_nll_value_and_grad", TORCH_BOX(&value_and_grad));
-  m.impl("gaussian_nll_value_and_grad_out", TORCH_BOX(&value_and_grad_out));
-}
+STABLE_TORCH_LIBRARY_IMPL(mtkd, CPU, m) { gaussian::register_operators<run>(m); }
 
 }  // namespace mtkd::cpu

@@ -45,19 +45,19 @@ class Call:
     target: Tensor
     workspace: int
     kernel: Kernel
-    makes_projection: bool = False  # in registers: the kernel needs no memory for it
+    makes_projection: bool = False  # in registers: it needs no memory, but that of partial sums
 
     def __post_init__(self) -> None:
         self.rows, self.bounds = self.input.shape[0], offsets(self.dims)
         self.operand, self.result = self.columns.precision
-        self.narrow = self.operand != self.result
-        item = self.operand.itemsize if self.narrow else 0
+        self.own_grad = self.makes_projection or self.operand != self.result
+        item = self.operand.itemsize if self.own_grad else 0
         item += 0 if self.makes_projection else self.result.itemsize
         self.plan = plan.tiles(
             self.rows,
             tuple(self.dims),
             self.columns.parts,
-            self.workspace,
+            self.workspace - self.workspace // 16 * self.makes_projection,  # for partial sums
             item,
             fill=self.input.device.type != "cpu",
         )
@@ -111,7 +111,7 @@ class Call:
         z = nothing if self.makes_projection else self.tile_memory(self.result)
         if not with_grad:
             return z, nothing
-        return z, self.tile_memory(self.operand) if self.narrow else z
+        return z, self.tile_memory(self.operand) if self.own_grad else z
 
     def views(self, stash: Tensor) -> tuple[Tensor, Tensor | None]:
         """See a flat stash as the tiles ``(N, P, D)`` and the teachers' part ``(N, Q, T)``."""

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 2048  # numbers of each tensor that a program holds at once
+TILE = 1024  # numbers of each tensor that a program holds at once
+WARPS = 4  # that hold so many in registers, without spilling any
 WIDTHS = (16, 64, 256, 1024)  # of tiles, in columns: few, since each is compiled
 STEP = 32  # columns that one step of a walk costs, however narrow its tile
 PROGRAMS = 512  # that fill a large GPU
@@ -31,25 +32,30 @@ class Tile(NamedTuple):
 
 
 @cache
-def tile(rows: int, dims: tuple[int, ...], modes: int = 0) -> Tile:
+def tile(rows: int, dims: tuple[int, ...], modes: int = 0, double: bool = False) -> Tile:
     """Choose the tile for so many rows of teachers of these widths.
+
+    Mixtures and float64 need more registers for each number: they hold half as many, or a quarter.
+    Tiles and warps are those at which no configuration of the compile check spills.
 
     Example:
         >>> tile(8192, (1024,) * 8)
-        Tile(rows=2, columns=1024, warps=4)
+        Tile(rows=1, columns=1024, warps=4)
         >>> tile(32, (16,) * 1024)
-        Tile(rows=32, columns=16, warps=1)
+        Tile(rows=32, columns=16, warps=2)
     """
+    held = TILE >> ((modes > 0) + double)  # by WARPS
+    most = held >> (modes > 8)
 
     def cost(columns: int) -> int:
         return sum(-(-dim // columns) for dim in dims) * (columns + STEP)
 
-    columns = min(WIDTHS, key=cost)
-    height = min(TILE // columns, triton.next_power_of_2(max(1, rows)))
-    height = min(height, max(1, TILE // triton.next_power_of_2(max(1, modes))))
-    while height > 1 and -(-rows // height) * len(dims) < PROGRAMS and height * columns > TILE // 4:
+    columns = min(most, min(WIDTHS, key=cost))
+    height = min(most // columns, triton.next_power_of_2(max(1, rows)))
+    height = min(height, max(1, held // 4 // triton.next_power_of_2(max(1, modes))))
+    while height > 1 and -(-rows // height) * len(dims) < PROGRAMS and height * columns > held // 4:
         height //= 2  # few programs: more of them, each with less in flight
-    return Tile(height, columns, max(1, min(4, height * columns // 512)))
+    return Tile(height, columns, max(2, WARPS * height * columns // held))
 
 
 class Teachers(NamedTuple):

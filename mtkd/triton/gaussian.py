@@ -44,11 +44,14 @@ def _walk(
     mean,
     log_std,
     target,
+    mean_bias,
+    log_std_bias,
     mean_grad,
     log_std_grad,
     mean_d,
     log_std_d,
     target_d,
+    bias_d,
     mean_grad_d,
     log_std_grad_d,
     begin,
@@ -61,19 +64,21 @@ def _walk(
 ):
     """Sum a tile of rows' energies over one teacher's columns; write the gradients wanted.
 
-    Pointers are those of the rows, one a row; gradients that are None are not written.
+    Pointers are those of the rows, one a row, and of biases; gradients that are None are not
+    written.
     """
     energy = tl.zeros_like(grad)
     for start in range(begin, end, COLUMNS):
         column = start + tl.arange(0, COLUMNS).to(tl.int64)[None, :]
         here = column < end
         read, write = here & counted[:, None], here & inside[:, None]
-        e, to_mean, to_log_std = element(
-            tl.load(mean[:, None] + column * mean_d, mask=read, other=0.0).to(grad.dtype),
-            tl.load(log_std[:, None] + column * log_std_d, mask=read, other=0.0).to(grad.dtype),
-            tl.load(target[:, None] + column * target_d, mask=read, other=0.0).to(grad.dtype),
-            BOUND,
-        )
+        m = tl.load(mean[:, None] + column * mean_d, mask=read, other=0.0).to(grad.dtype)
+        s = tl.load(log_std[:, None] + column * log_std_d, mask=read, other=0.0).to(grad.dtype)
+        t = tl.load(target[:, None] + column * target_d, mask=read, other=0.0).to(grad.dtype)
+        if mean_bias is not None:
+            m += tl.load(mean_bias + column * bias_d, mask=here, other=0.0).to(grad.dtype)
+            s += tl.load(log_std_bias + column * bias_d, mask=here, other=0.0).to(grad.dtype)
+        e, to_mean, to_log_std = element(m, s, t, BOUND)
         energy += tl.sum(e, 1)
         if mean_grad is not None:
             to_mean = (grad[:, None] * to_mean).to(mean_grad.dtype.element_ty)
@@ -98,6 +103,8 @@ def _kernel(
     log_std,
     target,
     logits,
+    mean_bias,
+    log_std_bias,
     coefficient,
     matrix,
     mean_grad,
@@ -120,6 +127,8 @@ def _kernel(
     logits_n,
     logits_m,
     logits_t,
+    bias_m,
+    bias_d,
     coefficient_n,
     coefficient_t,
     mean_grad_n,
@@ -174,11 +183,14 @@ def _kernel(
             mean,
             log_std,
             target,
+            mean_bias,
+            log_std_bias,
             mean_grad,
             log_std_grad,
             mean_d,
             log_std_d,
             target_d,
+            bias_d,
             mean_grad_d,
             log_std_grad_d,
             begin,
@@ -201,11 +213,14 @@ def _kernel(
                 mean + mode * mean_m,
                 log_std + mode * log_std_m,
                 target,
+                mean_bias + mode * bias_m if mean_bias is not None else None,
+                log_std_bias + mode * bias_m if log_std_bias is not None else None,
                 None,
                 None,
                 mean_d,
                 log_std_d,
                 target_d,
+                bias_d,
                 mean_grad_d,
                 log_std_grad_d,
                 begin,
@@ -237,11 +252,14 @@ def _kernel(
                     mean + mode * mean_m,
                     log_std + mode * log_std_m,
                     target,
+                    mean_bias + mode * bias_m if mean_bias is not None else None,
+                    log_std_bias + mode * bias_m if log_std_bias is not None else None,
                     mean_grad + mode * mean_grad_m if mean_grad is not None else None,
                     log_std_grad + mode * log_std_grad_m if log_std_grad is not None else None,
                     mean_d,
                     log_std_d,
                     target_d,
+                    bias_d,
                     mean_grad_d,
                     log_std_grad_d,
                     begin,
@@ -264,6 +282,7 @@ def _launch(
     args: Sequence[Any],
     matrix: Tensor | None,
     gradients: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None] = (None, None),
 ) -> None:
     mask, dims, mean, log_std, target, logits, bound, per_dim, full = args
     rows, count, modes = mean.shape[0], len(dims), 0 if logits is None else mean.shape[1]
@@ -271,7 +290,8 @@ def _launch(
         return
     dims = tuple(dims)
     width, starts = teachers(dims, mean.device)
-    shape = tile(rows, dims, modes)
+    accumulate = accumulate_type(mean, log_std)
+    shape = tile(rows, dims, modes, accumulate == tl.float64)
     if logits is None:
         mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)
         gradients = [None if grad is None else grad.unsqueeze(1) for grad in gradients]
@@ -284,6 +304,7 @@ def _launch(
             log_std,
             target,
             logits,
+            *biases,
             coefficient,
             matrix,
             mean_grad,
@@ -298,11 +319,12 @@ def _launch(
             *strides(log_std, 3),
             *strides(target, 2),
             *strides(logits, 3),
+            *strides(biases[0], 2),
             *strides(coefficient, 2),
             *strides(mean_grad, 3),
             *strides(log_std_grad, 3),
             *strides(logits_grad, 3),
-            ACC=accumulate_type(mean, log_std),
+            ACC=accumulate,
             BOUND=bound,
             PER_DIM=per_dim,
             FULL=full,
@@ -364,7 +386,22 @@ def value_and_grad_out(coefficient: Tensor, *args: Any) -> Tensor:
     return matrix
 
 
+def with_biases(
+    biases: Sequence[Tensor | None], coefficient: Tensor | None, args: Sequence[Any], *outputs: Any
+) -> Tensor:
+    """Return the matrix where mean and log_std lack biases ``(M, D)``, or ``(D,)`` without modes.
+
+    The gradients go into `outputs`; without a coefficient there are none.
+    """
+    matrix = _empty_matrix(args)
+    if args[5] is None:
+        biases = [None if bias is None else bias.unsqueeze(0) for bias in biases]
+    _launch(coefficient, args, matrix, outputs, biases)
+    return matrix
+
+
 KERNELS = {
+    "with_biases": with_biases,
     "forward": forward,
     "backward": backward,
     "value_and_grad": value_and_grad,
