@@ -19,16 +19,19 @@ SOURCES := $(wildcard csrc csrc/* csrc/*/*)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help demo test bench lint format docs clean distclean
+.PHONY: help demo test compile-check bench lint format docs clean distclean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.extra-demo $(EXTENSION_STAMP) ## Distil eight real teachers into a small student
 	@$(RUN) -m mtkd.demo $(ARGS)
 
 test: $(VENV)/.extra-test $(EXTENSION_STAMP) ## Run every test; warnings are errors
 	@$(RUN) -m pytest $(ARGS)
+
+compile-check: $(VENV)/.extra-test ## Compile every GPU kernel; no GPU is needed
+	@env -u TRITON_INTERPRET MTKD_NO_EXTENSION=1 $(RUN) tests/compile_check.py $(ARGS)
 
 bench: $(VENV)/.extra-bench $(EXTENSION_STAMP) ## Run the benchmark cases
 	@$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)

@@ -1,0 +1,117 @@
+"""What launches the Triton kernels that `make compile-check` compiles, as dispatch does.
+
+`configurations()` is the table: a name, and a function that calls launchers with tensors that have
+no memory. Dtypes, shapes, strides and alignment decide which code is compiled, so sizes are those
+of training, with few rows and with many, some divisible by 16 and some not. A new kernel file
+adds a function of its configurations to FAMILIES.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtkd.triton import common, gaussian
+
+Configuration = tuple[str, Callable[[], Any]]
+COMMON = (torch.bfloat16, torch.float32)
+EVERY = (*COMMON, torch.float16, torch.float64)
+ODD = (1500, 1, 17, 96, 97, 5)
+
+
+class Rows(NamedTuple):
+    """A Gaussian loss in one configuration; modes=0 has no mode logits."""
+
+    name: str
+    rows: int
+    dims: tuple[int, ...]
+    modes: int = 0
+    masked: bool = False
+    bound: float | None = None
+    per_dim: bool = True
+    full: bool = False
+    dtypes: tuple[torch.dtype, ...] = COMMON
+
+    def arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """The operator's arguments."""
+        new = partial(torch.empty, dtype=dtype, device="meta")
+        width, teachers, inner = sum(self.dims), len(self.dims), (self.modes,) * (self.modes > 0)
+        mask = new(self.rows, teachers, dtype=torch.bool) if self.masked else None
+        mean, log_std = new(self.rows, *inner, width), new(self.rows, *inner, width)
+        logits = new(self.rows, self.modes, teachers) if self.modes else None
+        settings = self.bound, self.per_dim, self.full
+        return mask, self.dims, mean, log_std, new(self.rows, width), logits, *settings
+
+
+GAUSSIAN = (
+    Rows("gaussian-eight", 8192, (1024,) * 8, dtypes=EVERY),
+    Rows("gaussian-wide", 16, (8192,)),
+    Rows("gaussian-many", 512, (64,) * 1024, masked=True),
+    Rows("gaussian-narrow", 33, (16,) * 130, masked=True, bound=1.0),
+    Rows("gaussian-bounded", 8192, (768, 1024, 1280), bound=4.0),
+    Rows("gaussian-odd", 37, ODD, masked=True, bound=1.5, per_dim=False, full=True, dtypes=EVERY),
+    Rows("gaussian-tiny", 5, (3, 1, 2), full=True),
+    Rows("mixture-eight", 8192, (1024,) * 8, modes=4),
+    Rows("mixture-bounded", 8192, (768, 1280), modes=16, masked=True, bound=4.0),
+    Rows("mixture-hundred", 512, (256,) * 4, modes=100),
+    Rows("mixture-odd", 37, ODD, modes=2, masked=True, full=True, dtypes=EVERY),
+    Rows("mixture-tiny", 5, (3, 1, 2), modes=3, bound=1.0, per_dim=False),
+)
+
+
+def gaussian_launches(args: tuple[Any, ...]) -> Iterator[Configuration]:
+    """The launchers of the loss on tensors of its own, as autograd and reductions call them."""
+    grad, wanted = coefficient(args), [True, True, args[5] is not None]
+    same = grad.new_empty(()).expand(grad.shape)  # of a plain mean
+    yield "forward", partial(gaussian.forward, *args)
+    yield "backward", partial(gaussian.backward, grad, grad.new_empty(0), *args, wanted)
+    yield "value_and_grad", partial(gaussian.value_and_grad, same, *args, wanted)
+
+
+def gaussian_in_layers(args: tuple[Any, ...]) -> Iterator[Configuration]:
+    """The launchers as a fused layer calls them: parameters side by side, in float32."""
+    mask, dims, mean, log_std, target, logits, *settings = args
+    wide = torch.stack([mean, log_std], 1)
+    (mean, log_std), narrow = wide.float().unbind(1), wide.unbind(1)
+    logits = None if logits is None else logits.float()
+    args = (mask, dims, mean, log_std, target, logits, *settings)
+    launch = partial(gaussian.value_and_grad_out, coefficient(args), *args)
+    yield "in layers, forward", partial(gaussian.forward, *args)
+    yield "in layers, in place", partial(launch, mean, log_std, logits)
+    yield "in layers, narrowed", partial(launch, *narrow, logits)
+
+
+def coefficient(args: tuple[Any, ...]) -> Tensor:
+    """A factor for each loss, in the dtype of losses."""
+    _, dims, mean, *_ = args
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    return torch.empty(len(mean), len(dims), dtype=dtype, device=mean.device)
+
+
+def gaussian_configurations() -> Iterator[Configuration]:
+    """Every role in every dtype, and inside of a layer in bfloat16."""
+    for case in GAUSSIAN:
+        for dtype in case.dtypes:
+            for role, launch in gaussian_launches(case.arguments(dtype)):
+                yield f"{case.name} {str(dtype).removeprefix('torch.')} {role}", launch
+        for role, launch in gaussian_in_layers(case.arguments(torch.bfloat16)):
+            yield f"{case.name} bfloat16 {role}", launch
+
+
+def scale_configurations() -> Iterator[Configuration]:
+    """The factor of a reduction, for gradients of every dtype."""
+    for dtype in EVERY:
+        x = torch.empty(8192, 8192, dtype=dtype, device="meta")
+        factor = coefficient((None, (1,), x))[0, 0]
+        yield f"scale {str(dtype).removeprefix('torch.')}", partial(common.scale_, [x], factor)
+
+
+FAMILIES = (gaussian_configurations, scale_configurations)
+
+
+def configurations() -> Iterator[Configuration]:
+    """Yield names, and what launches kernels."""
+    for family in FAMILIES:
+        yield from family()
