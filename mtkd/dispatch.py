@@ -49,6 +49,7 @@ _LIBRARY.impl("advise_huge_pages", lambda x: None, "CompositeExplicitAutograd")
 for _library in (_LIBRARY, _COMPILED_CUDA):
     _library.define("scale_(Tensor(a!)[] tensors, Tensor scale) -> ()")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # what is_grads_batched makes
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 Gradients = tuple[Tensor | None, ...]
@@ -331,7 +332,8 @@ def _is_half(argument: Tensor | None) -> bool:
 
 
 def _scaled(gradients: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
-    if type(upstream) is not Tensor or _graph_is_kept():  # traced, or a later pass wants them
+    if type(upstream) is not Tensor or _is_batched(upstream) or _graph_is_kept():
+        # traced, one of several, or a later pass wants the stored gradients
         return [upstream * grad for grad in gradients]
     torch.ops.mtkd.scale_([grad for grad in gradients if grad.numel()], upstream)
     return list(gradients)

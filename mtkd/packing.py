@@ -73,3 +73,24 @@ def join_small(calls: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
         return calls
     dims, *columns = zip(*calls, strict=True)
     return [(tuple(chain.from_iterable(dims)), *(torch.cat(tensors, -1) for tensors in columns))]
+
+
+LARGEST = 1 << 20  # numbers that are copied in less time than a layer's call takes
+
+
+def stack_equal(calls: Sequence[tuple[Any, ...]], columns: Sequence[int]) -> Sequence[Any]:
+    """Stack calls (dims, input, ...) of equal teachers into one; leave all others as they are.
+
+    Inputs become ``(T, N, H)``. Other tensors, or None, are concatenated where `columns` says
+    that their columns are, an entry each. Large tensors are better read where they are.
+    """
+    looks = {tuple(x if x is None else (x.shape, x.dtype) for x in call[1:]) for call in calls}
+    sizes = [x.numel() for x in calls[0][1:] if x is not None]
+    if len(calls) == 1 or len(looks) > 1 or max(sizes) > LARGEST:
+        return calls
+    dims, inputs, *others = zip(*calls, strict=True)
+    joined = [
+        None if parts[0] is None else torch.cat(parts, dim)
+        for parts, dim in zip(others, columns, strict=True)
+    ]
+    return [(tuple(chain.from_iterable(dims)), torch.stack(inputs), *joined)]

@@ -91,10 +91,11 @@ def linear_gaussian(
     bound: float | None = 1.0,
     workspace: int = 1 << 20,
     stash: bool = False,
+    own: bool = False,
 ) -> Arguments:
-    """Arguments of linear_gaussian_nll; modes=0 has no mode weights."""
+    """Arguments of linear_gaussian_nll; modes=0 has no mode weights; own inputs or a shared one."""
     width, inner = sum(dims), (modes,) if modes else ()
-    input = _normal(generator, dtype, rows, features)
+    input = _normal(generator, dtype, *(len(dims),) * own, rows, features)
     weight = _normal(generator, dtype, 2, *inner, width, features, scale=0.2)
     offset = _normal(generator, dtype, 2, *inner, width, scale=0.2) if bias else None
     mode_weight = _normal(generator, dtype, modes, len(dims), features) if modes else None
@@ -166,9 +167,21 @@ ALL_CASES = (
         large=True,
     ),
     # widths that Triton's GEMM with the loss in its epilogue takes, in 16 bits
-    Case("linear-blocks", L, linear_gaussian, (96, 16, 64, 48), 70, {"masked": True}),
-    Case("linear-equal", L, linear_gaussian, (64,) * 3, 40, {"bias": False, "stash": True}),
-    Case("linear-block", L, linear_gaussian, (32,) * 5, 33, {"workspace": 9000}),
+    Case(
+        "linear-blocks", L, linear_gaussian, (96, 16, 64, 48), 70, {"masked": True, "features": 48}
+    ),
+    Case(
+        "linear-equal",
+        L,
+        linear_gaussian,
+        (64,) * 3,
+        40,
+        {"bias": False, "stash": True, "features": 16},
+    ),
+    Case("linear-block", L, linear_gaussian, (32,) * 5, 33, {"workspace": 9000, "features": 80}),
+    Case("linear-own", L, linear_gaussian, (40,) * 3, 50, {"own": True, "workspace": 8000}),
+    Case("linear-own-stash", L, linear_gaussian, (3,) * 4, 6, {"own": True, "stash": True}),
+    Case("linear-own-mixture", L, linear_gaussian, (5,) * 3, 9, {"own": True, "modes": 2}),
     Case("linear-mixture", L, linear_gaussian, (40, 9, 2), 130, {"modes": 3, "workspace": 90_000}),
 )
 CASES = tuple(case for case in ALL_CASES if not (case.large and INTERPRETED))

@@ -160,3 +160,16 @@ def test_graph_of_the_backward_pass_does_not_use_stored_gradients(case):
     penalty = sum(grad.square().sum() for grad in gradients)
     for got, want in zip(second, torch.autograd.grad(penalty, [c, *leaves]), strict=True):
         assert_close(got, want, DOUBLE)
+
+
+@pytest.mark.parametrize("case", TINY_CASES, ids=str)
+def test_batched_gradients_of_the_sum(case):
+    args = case.arguments(torch.float64)
+    leaves = [args[i].requires_grad_() for i in case.loss.differentiable if args[i] is not None]
+    coefficient = torch.rand(case.rows, len(case.dims), dtype=torch.float64)
+    upstreams = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    loss = case.loss.weighted_sum(coefficient, *args)
+    single = torch.autograd.grad(loss, leaves, retain_graph=True)
+    batched = torch.autograd.grad(loss, leaves, upstreams, is_grads_batched=True)
+    for one, many in zip(single, batched, strict=True):
+        assert_close(many, torch.stack([u * one for u in upstreams]), torch.float64)

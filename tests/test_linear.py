@@ -1,11 +1,13 @@
 """The linear driver: modes, tiles and inputs give one result."""
 
+import re
+
 import pytest
 import torch
 from cases import INTERPRETED
 
 import mtkd.functional as F
-from mtkd import linear
+from mtkd import linear, ops
 from mtkd.testing import assert_close
 
 DIMS = (30, 7, 64, 1, 120)
@@ -93,11 +95,11 @@ def test_equals_the_layer_followed_by_the_loss():
 
 @pytest.mark.parametrize("modes", [0, 2])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_inputs_of_their_own(modes, reduction):
+@pytest.mark.parametrize(("dims", "widths"), [((3, 70, 5), (4, 9, 6)), ((7, 7, 7), (5, 5, 5))])
+def test_inputs_of_their_own(modes, reduction, dims, widths):
     torch.manual_seed(0)
     inner = (modes,) if modes else ()
-    widths = (4, 9, 6)
-    shapes = [(2, *inner, dim, width) for dim, width in zip((3, 70, 5), widths, strict=True)]
+    shapes = [(2, *inner, dim, width) for dim, width in zip(dims, widths, strict=True)]
     xs = [torch.randn(8, width, dtype=torch.float64, requires_grad=True) for width in widths]
     weights = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     targets = [torch.randn(8, shape[-2], dtype=torch.float64) for shape in shapes]
@@ -140,3 +142,74 @@ def test_leading_dimensions():
     loss = F.linear_gaussian_nll(x, weight, target, **options)
     flat = F.linear_gaussian_nll(x.flatten(0, 1), weight, target.flatten(0, 1), **options)
     assert torch.equal(loss, flat.reshape(2, 3, 2))
+
+
+def test_equal_teachers_with_inputs_of_their_own_take_one_call(monkeypatch):
+    torch.manual_seed(0)
+    xs = [torch.randn(6, 4, requires_grad=True) for _ in range(50)]
+    weights = [torch.randn(2, 3, 4, requires_grad=True) for _ in range(50)]
+    targets = [torch.randn(6, 3) for _ in range(50)]
+    calls, run = [], ops.linear_gaussian_nll.eager["sum"]
+    monkeypatch.setitem(
+        ops.linear_gaussian_nll.eager, "sum", lambda *args: calls.append(args) or run(*args)
+    )
+    mask = torch.rand(6, 50) > 0.3
+    for teacher, row in (~mask).T.nonzero():
+        xs[teacher].data[row] = float("nan")
+    loss = F.linear_gaussian_nll(xs, weights, targets, mask=mask)
+    loss.backward()
+    assert len(calls) == 1
+    assert all(x.grad.isfinite().all() and x.grad.any() for x in (*xs, *weights))
+
+
+def test_the_stash_of_a_sequence_fits_the_workspace_as_a_whole():
+    xs = [torch.randn(8, width) for width in (4, 5, 6)]
+    weights = [torch.randn(2, 32, width, requires_grad=True) for width in (4, 5, 6)]
+    targets = [torch.randn(8, 32)] * 3
+    stashed = []
+    for size in (3 * 8 * 64 * 4, 3 * 8 * 64 * 4 - 1):  # of all the teachers, and a byte less
+        with linear.workspace(size):
+            loss = F.linear_gaussian_nll(xs, weights, targets, reduction="none")
+        nodes, saved = [loss.grad_fn], 0
+        while nodes:
+            node = nodes.pop()
+            nodes += [parent for parent, _ in node.next_functions if parent is not None]
+            if "Forward" in type(node).__name__:
+                saved += node.saved_tensors[-1].numel()
+        stashed.append(saved)
+    assert stashed == [3 * 8 * 64, 0]
+
+
+def test_what_a_masked_entry_is_weighted_by_reaches_no_gradient_from_a_stash():
+    torch.manual_seed(0)
+    x, layer = torch.randn(5, 4, requires_grad=True), torch.randn(2, 6, 4, requires_grad=True)
+    mask = torch.rand(5, 2) > 0.5
+    weight = torch.ones(5, 2).masked_fill(~mask, float("nan"))
+    loss = F.linear_gaussian_nll(
+        x, layer, torch.randn(5, 6), (2, 4), mask=mask, weight=weight, reduction="none"
+    )
+    loss.backward(torch.ones_like(loss).masked_fill(~mask, float("inf")))
+    assert x.grad.isfinite().all()
+    assert layer.grad.isfinite().all()
+
+
+def test_a_workspace_is_an_integer_number_of_bytes():
+    expected = re.escape("size: expected an integer number of bytes, got 64000000.0")
+    with pytest.raises(TypeError, match=expected):
+        linear.workspace(6.4e7).__enter__()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton serves GPUs, or under its interpreter a CPU")
+@pytest.mark.parametrize(
+    ("changes", "fused"),
+    [({}, True), ({"dtype": torch.float32}, False), ({"dims": (96, 17)}, False)],
+)
+def test_the_loss_is_in_the_epilogue_where_it_fits(monkeypatch, changes, fused):
+    settings = {"dtype": torch.bfloat16, "dims": (96, 64)} | changes
+    runs, tile = [], linear.gaussian._fused_tile
+    monkeypatch.setattr(linear.gaussian, "_fused_tile", lambda *a: runs.append(a) or tile(*a))
+    x, layer = torch.randn(9, 32), torch.randn(2, sum(settings["dims"]), 32, requires_grad=True)
+    x, layer = (tensor.to(settings["dtype"]) for tensor in (x, layer))
+    target = torch.randn(9, sum(settings["dims"]))
+    F.linear_gaussian_nll(x, layer, target, settings["dims"]).backward()
+    assert len(runs) == fused

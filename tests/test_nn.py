@@ -4,6 +4,7 @@ import copy
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -406,3 +407,14 @@ def test_arguments_that_do_not_fit(depth):
     fails(ValueError, "got none for cnn", lambda: named(student, {"pca": parts[2]}))
     fails(ValueError, "got one for x", lambda: named(student, by_name | {"x": parts[0]}))
     fails(ValueError, "does not require grad", lambda: heads(student, target.requires_grad_()))
+
+
+def test_widths_may_be_numpy_integers():
+    heads = GaussianHeads(4, tuple(np.array([3, 5])))
+    assert heads(torch.zeros(2, 4), torch.zeros(2, 8)).shape == ()
+
+
+def test_a_missing_first_teacher_is_named():
+    heads = GaussianHeads(4, (3, 5))
+    with pytest.raises(TypeError, match=r"target\[0\]: expected a tensor, got NoneType"):
+        heads(torch.zeros(2, 4), [None, torch.zeros(2, 5)])

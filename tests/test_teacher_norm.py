@@ -249,3 +249,15 @@ def test_arguments_that_do_not_fit():
     meta = mask.bool().to("meta")
     fails(ValueError, "mask: expected device cpu, got meta", lambda: module(target, meta))
     assert module.count.sum() == 0
+
+
+def test_an_empty_batch_with_a_mask_is_fine():
+    norm = TeacherNorm((3, 1, 4))
+    assert norm(torch.zeros(0, 8), torch.zeros(0, 3, dtype=torch.bool)).shape == (0, 8)
+    assert norm.count.tolist() == [0, 0, 0]
+
+
+def test_float64_targets_far_from_zero_are_centred():
+    torch.manual_seed(0)
+    target = 1e6 + 0.03 + torch.randn(1000, 2, dtype=torch.float64)
+    assert TeacherNorm((2,))(target).mean(0).abs().max() < 1e-6

@@ -1,12 +1,14 @@
 """Checks that losses share: one clear error that names the argument, what it wants, what came."""
 
-import math
 from collections.abc import Sequence
 from operator import index
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def is_sequence(argument: Any) -> bool:
@@ -22,7 +24,7 @@ def check_tensor(name: str, tensor: Any, device: torch.device | None = None) -> 
         raise TypeError(f"{name}: expected a plain tensor, got a DTensor; pass its to_local()")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
-    if not tensor.is_floating_point():
+    if tensor.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
@@ -46,11 +48,11 @@ def check_target(name: str, target: Any, device: torch.device) -> None:
         )
 
 
-def check_dims(dims: Sequence[int] | None, width: int, name: str) -> tuple[int, ...]:
-    """Return the teachers' widths, which must be positive and sum to the columns of `name`."""
-    if dims is None and width > 0:
+def check_dims(dims: Sequence[int] | None, width: int | None, name: str) -> tuple[int, ...]:
+    """Return the teachers' widths, positive; they sum to the columns of `name`, if it has any."""
+    if dims is None and width:
         return (width,)
-    dims = (width,) if dims is None else dims
+    dims = (width or 0,) if dims is None else dims
     if not is_sequence(dims):
         raise TypeError(f"dims: expected a sequence of widths, got {type(dims).__name__}")
     widths = tuple(dims)
@@ -61,7 +63,7 @@ def check_dims(dims: Sequence[int] | None, width: int, name: str) -> tuple[int, 
             raise TypeError(f"dims: expected integers, got {_short(dims)}") from None
     if not widths or min(widths) < 1:
         raise ValueError(f"dims: expected a positive width for each teacher, got {_short(dims)}")
-    if sum(widths) != width:
+    if width is not None and sum(widths) != width:
         raise ValueError(
             f"dims: expected widths that sum to the {width} columns of {name},"
             f" got {_short(dims)}, which sum to {sum(widths)}"
@@ -110,8 +112,8 @@ def group_teachers(dims: Sequence[int] | None, **arguments: Any) -> list[Group]:
 
 
 def check_bound(bound: float | None) -> None:
-    """Raise ValueError unless `bound` is None or a positive finite number."""
-    if bound is not None and not (isinstance(bound, (int, float)) and 0 < bound < math.inf):
+    """Raise ValueError unless `bound` is None or a positive finite number, in float32 too."""
+    if bound is not None and not (isinstance(bound, (int, float)) and _LEAST <= bound <= _MOST):
         raise ValueError(f"bound: expected None or a positive finite number, got {bound!r}")
 
 

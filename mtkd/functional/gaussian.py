@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import linear, ops
-from ..packing import join_small
+from ..packing import join_small, stack_equal
 from ..reduction import reduce, split_columns
 from ..reference.columns import accumulate_dtype
 from .checks import (
@@ -139,6 +139,8 @@ def _leading(group: Group, mode_logits: Any) -> torch.Size:
         raise ValueError(
             f"mode_logits: expected shape (*, M, T), got shape {tuple(mode_logits.shape)}"
         )
+    if mode_logits.shape[-2] == 0:
+        raise ValueError("mode_logits: expected at least one mode, got none")
     check_shape(name, mean, (*mode_logits.shape[:-1], mean.shape[-1]))
     return mean.shape[:-2]
 
@@ -256,15 +258,14 @@ def linear_gaussian_nll(
     )
     leading = _input_leading(groups[0])
     calls = [_linear_arguments(group, leading) for group in groups]
+    calls = list(stack_equal(calls, columns=(-2, -1, -2, -1, -1)))
     trained = any(isinstance(x, Tensor) and x.requires_grad for call in calls for x in call)
     stash = reduction == "none" and torch.is_grad_enabled() and trained
+    stash = stash and linear.stash_fits(leading.numel(), sum(map(_projected, calls)))
     budget = linear.workspace_size()
     return reduce(
         ops.linear_gaussian_nll,
-        [
-            (*call, bound, per_dim, full, budget, stash and linear.stash_fits(*_stash_size(call)))
-            for call in calls
-        ],
+        [(*call, bound, per_dim, full, budget, stash) for call in calls],
         [len(call[0]) for call in calls],
         leading=leading,
         dtype=accumulate_dtype(*(tensor for call in calls for tensor in call[1:3])),
@@ -304,6 +305,8 @@ def _linear_arguments(group: Group, leading: torch.Size) -> tuple[Any, ...]:
         )
     inside = weight.shape[1:-1]
     check_shape(f"linear_weight{suffix}", weight, (2, *inside, features))
+    if inside[0] == 0:
+        raise ValueError(f"linear_weight{suffix}: expected at least one mode or column, got none")
     check_shape(f"target{suffix}", target, (*leading, inside[-1]))
     dims = check_dims(group.dims, inside[-1], f"linear_weight{suffix}")
     if bias is not None:
@@ -320,10 +323,11 @@ def _linear_arguments(group: Group, leading: torch.Size) -> tuple[Any, ...]:
     return dims, input, weight, bias, mode_weight, mode_bias, target
 
 
-def _stash_size(call: tuple[Any, ...]) -> tuple[int, int]:
-    _, input, weight, _, mode_weight, *_ = call
-    width = weight.shape[:-1].numel()
-    return input.shape[0], width + (0 if mode_weight is None else mode_weight.shape[:-1].numel())
+def _projected(call: tuple[Any, ...]) -> int:
+    """Return the numbers that a call's layers make of a row."""
+    _, _, weight, _, mode_weight, *_ = call
+    layers = [weight] if mode_weight is None else [weight, mode_weight]
+    return sum(layer.shape[:-1].numel() for layer in layers)
 
 
 def _autocast(operand: Tensor | None) -> Tensor | None:

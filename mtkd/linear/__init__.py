@@ -3,8 +3,9 @@
 Multiplying out the layer would make tensors ``(N, P, D)`` with P parts: gigabytes for wide
 students or many teachers. The driver makes them a tile of rows and whole teachers at a time; a
 tile is turned into its own gradient, and GEMMs take that straight to the gradients of input,
-weight and bias. What a tile's numbers are is float32 (float64 for float64) whatever the inputs
-are: a 16-bit residual would spoil the gradient of a student that is close.
+weight and bias. Projections and residuals are float32 (float64 for float64) whatever the inputs
+are: a 16-bit residual would spoil the gradient of a student that is close. On a GPU the operands
+of GEMMs, the projection's gradient among them, stay 16-bit where input and weight are.
 
 Modes: *stream* makes the gradients together with the value (3 GEMMs; sum and mean). With
 reduction "none" the gradient of the matrix is not known in forward: *stash* keeps the tiles'
@@ -28,12 +29,14 @@ def workspace(size: int) -> Iterator[None]:
 
     Applies to the whole process while the context is open; the default is 256 MiB. A backward
     pass uses what its forward pass was given. The least that a call takes is one row of its
-    widest teacher.
+    widest teacher. Not counted are sums of gradients that are wider than their dtype, and on a
+    CPU the 16-bit rows and weights of a tile, widened.
 
     Args:
         size: bytes, a positive integer.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: a size that is not positive.
 
     Example:
@@ -42,6 +45,8 @@ def workspace(size: int) -> Iterator[None]:
         ...     pass  # losses called here tile for 64 MiB
     """
     global _workspace
+    if not isinstance(size, int):
+        raise TypeError(f"size: expected an integer number of bytes, got {size!r}")
     if size <= 0:
         raise ValueError(f"size: expected a positive number of bytes, got {size}")
     previous, _workspace = _workspace, size

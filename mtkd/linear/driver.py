@@ -17,7 +17,7 @@ from .layers import Layer, empty, finished
 class Tile(NamedTuple):
     """Some rows of some teachers: what the kernel of a tile reads and writes."""
 
-    x: Tensor  # (n, H)
+    x: Tensor  # (n, H), or (t, n, H)
     z: Tensor | None  # (n, P, c), memory for the projection
     grad: Tensor | None  # (n, P, c), for its gradient; may be z
     logits: Tensor | None  # (n, Q, t), turned into their gradient
@@ -48,7 +48,8 @@ class Call:
     makes_projection: bool = False  # in registers: it needs no memory, but that of partial sums
 
     def __post_init__(self) -> None:
-        self.rows, self.bounds = self.input.shape[0], offsets(self.dims)
+        self.rows, self.bounds = self.input.shape[-2], offsets(self.dims)
+        self.shared = self.input.dim() == 2  # else each teacher has an input of its own
         self.operand, self.result = self.columns.precision
         self.own_grad = self.makes_projection or self.operand != self.result
         item = self.operand.itemsize if self.own_grad else 0
@@ -76,7 +77,11 @@ class Call:
         for start in range(0, self.rows, self.plan.rows):
             rows = slice(start, min(start + self.plan.rows, self.rows))
             mask = None if self.mask is None else self.mask[rows]
-            yield rows, zero_uncounted_rows(self.input[rows].to(self.operand), mask)
+            yield rows, zero_uncounted_rows(self.input[..., rows, :].to(self.operand), mask)
+
+    def of(self, group: slice, x: Tensor) -> Tensor:
+        """Return the input, or its gradient, of some teachers."""
+        return x if self.shared else x[group]
 
     def groups(self) -> Iterator[tuple[slice, slice]]:
         """Yield the teachers of each tile, and their columns."""
@@ -126,7 +131,7 @@ class Call:
         if self.teachers is None:
             return None
         kept = self.views(stash)[1] if stash.numel() else None
-        shape = (x.shape[0], self.teachers.parts, len(self.dims))
+        shape = (x.shape[-2], self.teachers.parts, len(self.dims))
         out = self.new(*shape) if kept is None else kept[rows]
         self.teachers.project(x, slice(0, len(self.dims)), out)
         return out
@@ -140,7 +145,7 @@ class Call:
             strip = []
             for group, columns in self.groups():
                 tile = Tile(
-                    x,
+                    self.of(group, x),
                     z(rows, columns),
                     grad(rows, columns),
                     None if logits is None else logits[..., group],
@@ -153,7 +158,7 @@ class Call:
                 part, sums = self.kernel(tile)
                 strip.append(part)
                 if sink is not None and tile.grad is not None:
-                    sink.take_columns(tile.grad, x, rows, columns, sums)
+                    sink.take_columns(tile.grad, tile.x, rows, group, columns, sums)
             matrix.append(_joined(strip, 1))
             if sink is not None:
                 sink.take_teachers(logits, x, rows)
@@ -165,10 +170,12 @@ class Call:
         memory = self.tile_memory(self.operand)
         for rows, x in self.row_blocks():
             scale = grad[rows].to(self.result)
+            if self.mask is not None:  # what is not counted may hold anything, and 0 * inf is NaN
+                scale = scale.masked_fill(~self.mask[rows], 0.0)
             for group, columns in self.groups():
                 spread = expand_columns(scale[:, group], self.dims[group]).unsqueeze(1)
                 scaled = torch.mul(stashed[rows, :, columns], spread, out=memory(rows, columns))
-                sink.take_columns(scaled, x, rows, columns)
+                sink.take_columns(scaled, self.of(group, x), rows, group, columns)
             logits = None if stashed_logits is None else stashed_logits[rows] * scale.unsqueeze(1)
             sink.take_teachers(logits, x, rows)
 
@@ -191,13 +198,20 @@ class Sink:
             call.teachers.want(to_mode_weight, to_mode_bias, call.rows, call.once)
 
     def take_columns(
-        self, grad: Tensor, x: Tensor, rows: slice, columns: slice, sums: Tensor | None = None
+        self,
+        grad: Tensor,
+        x: Tensor,
+        rows: slice,
+        group: slice,
+        columns: slice,
+        sums: Tensor | None = None,
     ) -> None:
         """Take a tile's gradient, and its sums over rows if they are known."""
-        layer = self.call.columns
+        layer, shared = self.call.columns, self.call.shared
         layer.accumulate(grad, x, columns, rows.start == 0, sums)
         if self.input_grad is not None:
-            layer.input_grad(grad, columns, self.input_grad[rows], first=columns.start == 0)
+            out = self.call.of(group, self.input_grad)[..., rows, :]
+            layer.input_grad(grad, x, columns, out, first=columns.start == 0 or not shared)
 
     def take_teachers(self, logits: Tensor | None, x: Tensor, rows: slice) -> None:
         """Take the gradient of a row block's mode logits."""
@@ -207,7 +221,7 @@ class Sink:
         grad, columns = logits.to(self.call.operand), slice(0, len(self.call.dims))
         layer.accumulate(grad, x, columns, rows.start == 0)
         if self.input_grad is not None:
-            layer.input_grad(grad, columns, self.input_grad[rows], first=False)
+            layer.input_grad(grad, x, columns, self.input_grad[..., rows, :], first=False)
 
     def gradients(self) -> tuple[Tensor, ...]:
         """Return the gradients; one that is not wanted is an empty tensor."""
@@ -237,8 +251,11 @@ def implement(loss: Loss, make_call: Callable[[Sequence[Any]], Call]) -> None:
 
     def shaped(sink: Sink, args: Sequence[Any]) -> tuple[Tensor, ...]:
         """Give gradients the shapes of their arguments, whose leading dimensions calls flatten."""
-        pairs = zip(sink.gradients(), loss.differentiable, strict=True)
-        return tuple(g.view(args[at].shape) if g.numel() else g for g, at in pairs)
+        rows = zip(sink.gradients(), loss.differentiable, args[-1], strict=True)
+        return tuple(
+            grad.view(args[at].shape) if wanted and args[at] is not None else grad
+            for grad, at, wanted in rows
+        )
 
     def backward(grad: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor, ...]:
         call = make_call(args[:-1])

@@ -31,7 +31,8 @@ class Layer:
     """A linear layer ``(P, C, H)`` with bias ``(P, C)``, and gradients as they accumulate.
 
     A tile of its projection is ``(n, P, c)``. Where a tile has all columns, its parts are one
-    matrix and each of the three products one GEMM.
+    matrix and each of the three products one GEMM. An input ``(t, n, H)`` is that of each of a
+    tile's t teachers, of one width: the products are batched, a part at a time.
     """
 
     weight: Tensor
@@ -56,34 +57,35 @@ class Layer:
 
     def project(self, x: Tensor, columns: slice, out: Tensor, with_bias: bool = True) -> None:
         """Write ``x @ weight.T + bias`` of some columns into a tile."""
-        weights = self._matrices(self.weight, columns)
-        biases = None if self.bias is None else self._matrices(self.bias, columns)
-        for part, (z, weight) in enumerate(zip(self._tiles(out), weights, strict=True)):
-            if with_bias and biases is not None:
-                z.copy_(biases[part])
-            add_product(z, x, weight.to(x.dtype).T, first=not with_bias or biases is None)
+        weights = self._matrices(self.weight, columns, x)
+        with_bias = with_bias and self.bias is not None
+        biases = self._matrices(self.bias, columns, x) if self.bias is not None else ()
+        for part, (z, weight) in enumerate(zip(self._tiles(out, x), weights, strict=True)):
+            if with_bias:
+                z.copy_(biases[part].unsqueeze(-2))
+            add_product(z, x, weight.to(x.dtype).mT, first=not with_bias)
 
     def accumulate(
         self, grad: Tensor, x: Tensor, columns: slice, first: bool, bias_sums: Tensor | None = None
     ) -> None:
         """Add a tile's part of the gradients of weight and bias; `bias_sums` (P, c) if known."""
-        tiles = self._tiles(grad)
+        tiles = self._tiles(grad, x)
         if self.weight_grad is not None:
-            outs = self._matrices(self.weight_grad, columns)
+            outs = self._matrices(self.weight_grad, columns, x)
             for z, out in zip(tiles, outs, strict=True):
-                add_product(out, z.T, x, first)
+                add_product(out, z.mT, x, first)
         if self.bias_grad is not None:
             if bias_sums is not None:
-                sums = [total[0] for total in self._tiles(bias_sums.unsqueeze(0))]
+                sums = [total[0] for total in self._tiles(bias_sums.unsqueeze(0), x)]
             else:
-                sums = [z.sum(0, dtype=self.precision.result) for z in tiles]
-            for total, out in zip(sums, self._matrices(self.bias_grad, columns), strict=True):
+                sums = [z.sum(-2, dtype=self.precision.result) for z in tiles]
+            for total, out in zip(sums, self._matrices(self.bias_grad, columns, x), strict=True):
                 out.copy_(total if first else out + total)
 
-    def input_grad(self, grad: Tensor, columns: slice, out: Tensor, first: bool) -> None:
+    def input_grad(self, grad: Tensor, x: Tensor, columns: slice, out: Tensor, first: bool) -> None:
         """Add a tile's part of the gradient of the input."""
-        weights = self._matrices(self.weight, columns)
-        for part, (z, weight) in enumerate(zip(self._tiles(grad), weights, strict=True)):
+        weights = self._matrices(self.weight, columns, x)
+        for part, (z, weight) in enumerate(zip(self._tiles(grad, x), weights, strict=True)):
             add_product(out, z, weight.to(z.dtype), first and part == 0)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
@@ -91,29 +93,38 @@ class Layer:
         like = self.weight if self.bias is None else self.bias
         return finished(self.weight_grad, self.weight), finished(self.bias_grad, like)
 
-    def is_whole(self, columns: int) -> bool:
-        """Whether a tile of so many columns has them all."""
-        return columns == self.weight.shape[1]
+    def _tiles(self, z: Tensor, x: Tensor) -> Sequence[Tensor]:
+        """See a tile as the results of the products of `x`."""
+        if x.dim() == 3:
+            return [part.unflatten(1, (len(x), -1)).transpose(0, 1) for part in z.unbind(1)]
+        return [z.flatten(1)] if self._is_whole(z.shape[2]) else z.unbind(1)
 
-    def _tiles(self, z: Tensor) -> Sequence[Tensor]:
-        return [z.flatten(1)] if self.is_whole(z.shape[2]) else z.unbind(1)
-
-    def _matrices(self, tensor: Tensor, columns: slice) -> Sequence[Tensor]:
-        if self.is_whole(columns.stop - columns.start):
+    def _matrices(self, tensor: Tensor, columns: slice, x: Tensor) -> Sequence[Tensor]:
+        """See weights, or biases, as the factors of the products of `x`."""
+        if x.dim() == 3:
+            return [part[columns].unflatten(0, (len(x), -1)) for part in tensor]
+        if self._is_whole(columns.stop - columns.start):
             return [tensor.flatten(0, 1)]
         return [part[columns] for part in tensor]
 
+    def _is_whole(self, columns: int) -> bool:
+        return columns == self.weight.shape[1]
+
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """Write ``a @ b``, or add it where it is not the first; 16-bit operands keep a wide result."""
+    """Write ``a @ b``, or add it where it is not the first; 16-bit operands keep a wide result.
+
+    Matrices, or batches of them.
+    """
+    multiply, add = (torch.mm, torch.addmm) if a.dim() == 2 else (torch.bmm, torch.baddbmm)
     if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=0.0 if first else 1.0, out=out)
+        add(out, a, b, beta=0.0 if first else 1.0, out=out)
     elif not a.is_cuda:  # only GPUs have products with wider results
         add_product(out, a.to(out.dtype), b.to(out.dtype), first)
     elif first:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        multiply(a, b, out_dtype=out.dtype, out=out)
     else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        add(out, a, b, out_dtype=out.dtype, out=out)
 
 
 def empty(like: Tensor, dtype: torch.dtype, rows: int) -> Tensor:

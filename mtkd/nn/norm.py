@@ -90,7 +90,8 @@ class TeacherNorm(nn.Module):
         def standardise(tensor: Tensor, _: slice, columns: slice) -> Tensor:
             check_tensor("target", tensor, self.shift.device)
             dtype = accumulate_dtype(tensor)
-            shift, scale = (buffer[columns].to(dtype) for buffer in (self.shift, self.scale))
+            shift = self.mean if dtype == torch.float64 else self.shift
+            shift, scale = (buffer[columns].to(dtype) for buffer in (shift, self.scale))
             return (tensor.to(dtype) - shift) * scale
 
         return self.teachers.map(standardise, "target", target)  # type: ignore[no-any-return]
@@ -103,7 +104,7 @@ class TeacherNorm(nn.Module):
             check_tensor("target", tensor, self.shift.device)
             check_mask(mask, (*tensor.shape[:-1], len(self.teachers.dims)), self.shift.device)
             rows = tensor.reshape(-1, tensor.shape[-1])
-            counted = None if mask is None else mask[..., teachers].reshape(rows.shape[0], -1)
+            counted = None if mask is None else mask[..., teachers].flatten(0, -2)
             size = max(1, _BLOCK.get(rows.device.type, _LARGE_BLOCK) // rows.shape[1])
             for start in range(0, rows.shape[0], size):
                 part = None if counted is None else counted[start : start + size]

@@ -29,8 +29,7 @@ class Teachers(NamedTuple):
         names = tuple(dims if isinstance(dims, Mapping) else map(str, range(len(widths))))
         if not all(isinstance(name, str) and name for name in names):
             raise TypeError(f"dims: expected names that are non-empty strings, got {names}")
-        total = sum(width for width in widths if isinstance(width, int))
-        return cls(check_dims(widths, total, "the teachers"), names, named)
+        return cls(check_dims(widths, None, "the teachers"), names, named)
 
     def in_order(self, name: str, argument: Any) -> Tensor | Sequence[Tensor]:
         """Return an argument as one packed tensor or as one tensor a teacher, all checked."""
@@ -43,6 +42,7 @@ class Teachers(NamedTuple):
         if len(argument) != len(self.dims):
             expected = f"{len(self.dims)} tensors, one a teacher"
             raise ValueError(f"{name}: expected {expected}, got {len(argument)}")
+        check_tensor(f"{name}[0]", argument[0])
         for teacher, (tensor, width) in enumerate(zip(argument, self.dims, strict=True)):
             check_tensor(f"{name}[{teacher}]", tensor, argument[0].device)
             check_shape(f"{name}[{teacher}]", tensor, (*argument[0].shape[:-1], width))

@@ -29,5 +29,11 @@ def expand_columns(values: Tensor, dims: Sequence[int]) -> Tensor:
 
 
 def zero_uncounted_rows(input: Tensor, mask: Tensor | None) -> Tensor:
-    """Zero rows that count for no teacher: their zero gradients must not meet a NaN in a GEMM."""
-    return input if mask is None else input.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    """Zero rows that count for no teacher: their zero gradients must not meet a NaN in a GEMM.
+
+    Input is ``(N, H)`` for all teachers, or ``(T, N, H)``.
+    """
+    if mask is None:
+        return input
+    counted = mask.any(-1) if input.dim() == 2 else mask.T
+    return input.masked_fill(~counted.unsqueeze(-1), 0.0)

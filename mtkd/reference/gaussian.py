@@ -123,17 +123,24 @@ def nll_gradient(
         logits_grad = ((prior - posterior) * mode_grad).to(mode_logits.dtype)
         mode_grad = posterior * mode_grad
     weight = expand_columns(mode_grad, dims)
-    mean_grad = -weight * state.z * torch.exp(-state.log_std)
-    log_std_grad = weight * (1.0 - state.z.square()) * state.slope
+    weighted = weight * state.z  # first, so that a 0 meets z, not a z^2 that is infinite
+    mean_grad = -weighted * torch.exp(-state.log_std)
+    log_std_grad = (weight - weighted * state.z) * state.slope
     mean_grad, log_std_grad = mean_grad.to(mean.dtype), log_std_grad.to(log_std.dtype)
     return mean_grad.reshape(mean.shape), log_std_grad.reshape(log_std.shape), logits_grad
 
 
 def _project(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return ``(N, *weight.shape[:-1])``."""
-    flat = input.to(dtype) @ weight.to(dtype).flatten(0, -2).T
-    out: Tensor = flat.unflatten(-1, weight.shape[:-1])
+    """Return ``(N, *weight.shape[:-1])``; input is ``(N, H)``, or ``(T, N, H)`` for T teachers."""
+    out = torch.einsum("tnh,...tdh->n...td", *_by_input(input.to(dtype), weight.to(dtype)))
+    out = out.flatten(-2)
     return out if bias is None else out + bias.to(dtype)
+
+
+def _by_input(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return input ``(T, N, H)`` and weight ``(*, T, D / T, H)``; T is 1 for a shared input."""
+    input = input if input.dim() == 3 else input.unsqueeze(0)
+    return input, weight.unflatten(-2, (input.shape[0], -1))
 
 
 def linear_nll(
@@ -154,8 +161,9 @@ def linear_nll(
     """Return `nll` of ``mean, log_std = input @ weight.T + bias``; the same for mode logits.
 
     Shapes: input ``(N, H)``, weight ``(2, D, H)``, bias ``(2, D)``; with mode_weight
-    ``(M, T, H)`` and mode_bias ``(M, T)``, weight ``(2, M, D, H)`` and bias ``(2, M, D)``.
-    `workspace` and `stash` steer kernels only.
+    ``(M, T, H)`` and mode_bias ``(M, T)``, weight ``(2, M, D, H)`` and bias ``(2, M, D)``; for
+    equally wide teachers with inputs of their own, input ``(T, N, H)``. `workspace` and
+    `stash` steer kernels only.
     """
     dtype, input = accumulate_dtype(input, weight), zero_uncounted_rows(input, mask)
     mean, log_std = _project(input, weight, bias, dtype).unbind(1)
@@ -201,15 +209,17 @@ def linear_nll_gradient(
 def _project_gradient(
     grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    flat = grad.flatten(1)
-    to_input = flat @ weight.to(grad.dtype).flatten(0, -2)
-    to_weight = (flat.T @ input.to(grad.dtype)).reshape(weight.shape).to(weight.dtype)
-    return to_input, to_weight, None if bias is None else grad.sum(0).to(bias.dtype)
+    inputs, weights = _by_input(input.to(grad.dtype), weight.to(grad.dtype))
+    grads = grad.unflatten(-1, (inputs.shape[0], -1))
+    to_input = torch.einsum("n...td,...tdh->tnh", grads, weights).reshape(input.shape)
+    to_weight = torch.einsum("n...td,tnh->...tdh", grads, inputs).reshape(weight.shape)
+    to_bias = None if bias is None else grad.sum(0).to(bias.dtype)
+    return to_input, to_weight.to(weight.dtype), to_bias
 
 
 def linear_nll_saved(mask: Tensor | None, dims: Sequence[int], *args: Any) -> Tensor:
     """Return an empty tensor of the size of the stashed gradients of the projections."""
     input, weight, _, mode_weight, *_ = args
     width = weight[..., 0].numel() + (0 if mode_weight is None else mode_weight[..., 0].numel())
-    size = input.shape[0] * width if args[-1] else 0
+    size = input.shape[-2] * width if args[-1] else 0
     return torch.empty(size, dtype=accumulate_dtype(input, weight), device=input.device)
