@@ -7,6 +7,9 @@ TRITON := 3.7.1
 # Further arguments, for example: make test ARGS="-k gaussian"
 ARGS :=
 
+# Test files that run on Triton's interpreter as well, in place of the compiled kernels.
+INTERPRETED := tests/test_operators.py tests/test_linear.py
+
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install --constraint $(VENV)/constraints.txt
@@ -19,7 +22,7 @@ SOURCES := $(wildcard csrc csrc/* csrc/*/*)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help demo test compile-check bench lint format docs clean distclean
+.PHONY: help demo test interpreted compile-check bench lint format docs clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -27,8 +30,11 @@ help: ## Show this list
 demo: $(VENV)/.extra-demo $(EXTENSION_STAMP) ## Distil eight real teachers into a small student
 	@$(RUN) -m mtkd.demo $(ARGS)
 
-test: $(VENV)/.extra-test $(EXTENSION_STAMP) ## Run every test; warnings are errors
+test: interpreted $(VENV)/.extra-test $(EXTENSION_STAMP) ## Run every test; warnings are errors
 	@$(RUN) -m pytest $(ARGS)
+
+interpreted: $(VENV)/.extra-test ## Run Triton's kernels on a CPU against the formulas
+	@TRITON_INTERPRET=1 $(RUN) -m pytest $(INTERPRETED) $(ARGS)
 
 compile-check: $(VENV)/.extra-test ## Compile every GPU kernel; no GPU is needed
 	@env -u TRITON_INTERPRET MTKD_NO_EXTENSION=1 $(RUN) tests/compile_check.py $(ARGS)

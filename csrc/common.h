@@ -123,12 +123,24 @@ struct ValueAndSlope {
   A value, slope;
 };
 
-// tanh(x) and its derivative from one exponential; the derivative keeps its relative accuracy.
+// (tanh(x) / x - 1) / z of z = x^2: a minimax polynomial to x = 1/2, the Taylor series to 1/32.
+MTKD_INLINE float tanh_polynomial(float z) {
+  return ((1.7241487e-2f * z - 5.3045493e-2f) * z + 1.3325879e-1f) * z - 3.3333144e-1f;
+}
+MTKD_INLINE double tanh_polynomial(double z) {
+  return ((62.0 / 2835 * z - 17.0 / 315) * z + 2.0 / 15) * z - 1.0 / 3;
+}
+
+// tanh(x) and its derivative from one exponential; both keep their relative accuracy, tanh by a
+// polynomial where 1 - e would cancel.
 template <class A>
 MTKD_INLINE ValueAndSlope<A> tanh_and_slope(A x) {
-  const A e = exponential(A(-2) * std::fabs(x));
+  constexpr A kLimit = sizeof(A) == sizeof(float) ? A(0.5) : A(0.03125);
+  const A a = std::fabs(x), z = a * a;
+  const A e = exponential(A(-2) * a);
   const A r = reciprocal(A(1) + e);
-  return {std::copysign((A(1) - e) * r, x), A(4) * e * r * r};
+  const A near = a + a * (z * tanh_polynomial(z)), far = (A(1) - e) * r;
+  return {std::copysign(a < kLimit ? near : far, x), A(4) * e * r * r};
 }
 
 }  // namespace mtkd

@@ -15,13 +15,15 @@ struct Element {
   A energy, mean_grad, log_std_grad;
 };
 
+// `grad` scales the gradients; it comes first, so that a 0 meets z, not a z^2 that is infinite.
 template <bool Bounded, class A>
-MTKD_INLINE Element<A> element(A mean, A log_std, A target, A bound, A inverse_bound) {
+MTKD_INLINE Element<A> element(A mean, A log_std, A target, A bound, A inverse_bound, A grad) {
   const auto ratio = Bounded ? tanh_and_slope(log_std * inverse_bound) : ValueAndSlope<A>{0, 1};
   if constexpr (Bounded) log_std = bound * ratio.value;
   const A inverse_std = exponential(-log_std);
   const A z = (target - mean) * inverse_std;
-  return {A(0.5) * z * z + log_std, -z * inverse_std, (A(1) - z * z) * ratio.slope};
+  const A gz = grad * z;
+  return {A(0.5) * z * z + log_std, -gz * inverse_std, (grad - gz * z) * ratio.slope};
 }
 
 }  // namespace mtkd::gaussian

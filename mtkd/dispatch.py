@@ -18,7 +18,8 @@ tensors)::
                                                   the scalar that training needs
 
 A gradient that ``output_mask`` does not ask for is an empty tensor. Kernels implement the first
-four and know nothing of autograd; ``<name>`` and ``<name>_sum`` are differentiable.
+four (drivers of fused losses three) and know nothing of autograd; ``<name>`` and ``<name>_sum`` are
+differentiable.
 ``<name>_sum`` stores the gradients that come with the value; whenever a graph of the backward
 pass is asked for, the gradients come from the formulas instead, so derivatives of any order are
 exact. Function transforms (torch.func) and forward mode see the formulas too.

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -71,10 +72,14 @@ def triton_kernel(loss: str, role: str) -> Callable[..., Any]:
     """Return a Triton kernel of a loss; Triton is imported when it is first called."""
 
     def launch(*args: Any) -> Any:
-        file = import_module(f".triton.{_FAMILIES[loss]}", __package__)
-        return file.KERNELS[role](*args)
+        return _triton_file(_FAMILIES[loss]).KERNELS[role](*args)
 
     return launch
+
+
+@cache
+def _triton_file(family: str) -> ModuleType:
+    return import_module(f".triton.{family}", __package__)
 
 
 def _compiled(operator: str) -> Callable[..., Any] | None:

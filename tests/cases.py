@@ -21,7 +21,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 Arguments = tuple[Any, ...]
 TINY = (3, 1, 2)
 RAGGED = (1500, 1, 17, 96, 97, 5)
-MANY = (16,) * 130
+MANY = (16,) * (40 if INTERPRETED else 130)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ ALL_CASES = (
         float32_factor=2,  # rows of opposite sign add up in the modes' gradient
     ),
     Case("linear-one", L, linear_gaussian, (2500,), 1, {"stash": True}, float32_factor=SUMS),
-    Case("linear-ragged", L, linear_gaussian, RAGGED, 70, {"masked": True, "workspace": 100_000}),
+    Case("linear-ragged", L, linear_gaussian, RAGGED, 30, {"masked": True, "workspace": 100_000}),
     Case(
         "linear-rows",
         L,
@@ -182,7 +182,7 @@ ALL_CASES = (
     Case("linear-own", L, linear_gaussian, (40,) * 3, 50, {"own": True, "workspace": 8000}),
     Case("linear-own-stash", L, linear_gaussian, (3,) * 4, 6, {"own": True, "stash": True}),
     Case("linear-own-mixture", L, linear_gaussian, (5,) * 3, 9, {"own": True, "modes": 2}),
-    Case("linear-mixture", L, linear_gaussian, (40, 9, 2), 130, {"modes": 3, "workspace": 90_000}),
+    Case("linear-mixture", L, linear_gaussian, (40, 9, 2), 35, {"modes": 3, "workspace": 24_000}),
 )
 CASES = tuple(case for case in ALL_CASES if not (case.large and INTERPRETED))
 TINY_CASES = tuple(case for case in CASES if sum(case.dims) <= 10)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from implementations import IMPLEMENTATIONS
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 import mtkd.functional as F
@@ -14,6 +15,8 @@ from mtkd.testing import assert_close, cast
 
 DOUBLE = torch.float64
 DIMS = (3, 40, 1)
+# as numpy warns, in which Triton's interpreter computes
+overflows = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 
 def inputs(*leading, modes=0, dtype=DOUBLE):
@@ -180,6 +183,7 @@ def test_extremes_agree_with_float64(deviation, distance, width):
     assert_close(ops.gaussian_nll.forward(*args)[0], exact, torch.float32, factor=10)
 
 
+@overflows
 @pytest.mark.parametrize("value", [-80.0, -1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
 def test_overflow_is_infinite_and_never_nan(value, dtype):
@@ -193,6 +197,7 @@ def test_overflow_is_infinite_and_never_nan(value, dtype):
     assert not any(grad.isnan().any() for grad in torch.autograd.grad(loss, (mean, log_std)))
 
 
+@overflows
 def test_a_mixture_whose_modes_all_overflow_is_infinite_not_nan():
     mean = torch.ones(3, 2, sum(DIMS))
     log_std, logits = torch.full_like(mean, -80.0), torch.zeros(3, 2, len(DIMS))
@@ -212,12 +217,55 @@ def test_extreme_deviations(value):
     assert_close(got, want, torch.float32, factor=10)
 
 
+@overflows
 def test_a_bound_tames_what_would_overflow():
     mean, log_std, target = inputs(4, dtype=torch.float32)
     log_std = torch.full_like(log_std, -1e30).requires_grad_()
     loss = F.gaussian_nll(mean, log_std, target, DIMS, bound=1.0)
     assert loss.isfinite()
     assert torch.autograd.grad(loss, log_std)[0].abs().max() < 1e-30
+
+
+implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: i.name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+@pytest.mark.parametrize("bound", [1e-3, 0.1, 1.0, 10.0, 1e4, 1e8])
+@implementations
+def test_any_bound(implementation, bound, dtype):
+    size = torch.logspace(-6, 0.5, 131, dtype=DOUBLE)
+    log_std = torch.stack((size, -size, size, -size), -1).to(dtype)
+    mean, target = torch.zeros_like(log_std), torch.tensor([0.0, 0.0, 1.0, 1.0])
+    args = (None, (1, 1, 2), mean, log_std, target.expand_as(mean), None, bound, True, False)
+    c = torch.ones(len(size), 3, dtype=dtype)
+    matrix, *gradients = implementation(ops.gaussian_nll, "value_and_grad")(c, *args, [True] * 3)
+    exact = cast(args, DOUBLE)  # the first two columns of losses are the bounded log_std
+    ratios = matrix / ops.gaussian_nll.formulas.matrix(*exact)
+    assert_close(ratios, torch.ones_like(ratios), dtype)
+    expected = ops.gaussian_nll.formulas.gradient(c.double(), *exact)
+    for got, want in zip(gradients[:2], expected[:2], strict=True):
+        assert_close(got, want, dtype)
+
+
+@overflows
+@pytest.mark.parametrize("bound", [None, 1e4])
+@pytest.mark.parametrize(("value", "dtype"), [(-45.0, torch.float32), (-360.0, DOUBLE)])
+@implementations
+def test_a_mode_that_overflows_gets_no_gradient(implementation, value, dtype, bound):
+    log_std = torch.zeros(3, 2, sum(DIMS), dtype=dtype)
+    log_std[:, 1] = value  # whose z is finite and z^2 is not
+    mean, target = torch.zeros_like(log_std), torch.ones(3, sum(DIMS), dtype=dtype)
+    logits, c = log_std.new_zeros(3, 2, len(DIMS)), log_std.new_ones(3, len(DIMS))
+    settings = (bound, True, False)
+    args = (None, DIMS, mean, log_std, target, logits, *settings)
+    _, *gradients = implementation(ops.gaussian_nll, "value_and_grad")(c, *args, [True] * 3)
+    one = (None, DIMS, mean[:, 0], log_std[:, 0], target, None, *settings)
+    expected = ops.gaussian_nll.formulas.gradient(c, *one)
+    for got, want in zip(gradients[:2], expected[:2], strict=True):
+        assert_close(got[:, 0], want, dtype)
+        assert not got[:, 1].any()  # NaN would count
+    half = c[:, None] / torch.tensor(DIMS) / 2
+    assert_close(gradients[2], torch.cat((-half, half), 1), dtype)
 
 
 def test_mode_logits_of_minus_infinity_switch_a_mode_off():

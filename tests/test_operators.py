@@ -127,3 +127,15 @@ def test_opcheck(case):
     outputs = [None if x is None else torch.empty_like(x) for x in (plain[i] for i in positions)]
     torch.library.opcheck(into, (c, *plain, *outputs))
     torch.library.opcheck(weighted_sum, (c, *trained))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [1.0, -0.5])
+def test_scaling_in_place(dtype, factor):
+    large = torch.linspace(-2, 2, (1 << 20) + 5).to(dtype)  # more than takes a pass at once
+    small = torch.linspace(-2, 2, 99).to(dtype)
+    tensors = [large, small, large.new_empty(0), torch.ones(6, 4, dtype=dtype).T]
+    expected = [factor * x for x in tensors]
+    torch.ops.mtkd.scale_(tensors, torch.tensor(factor, dtype=accumulate(dtype)))
+    for got, want in zip(tensors, expected, strict=True):
+        assert torch.equal(got, want)

@@ -18,8 +18,8 @@ MTKD_INLINE A energy_loop(const A* mean, const A* log_std, const A* target, int6
   A total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; ++i)
-    total +=
-        gaussian::element<Bounded>(mean[i], log_std[i], target[i], bound, inverse_bound).energy;
+    total += gaussian::element<Bounded>(mean[i], log_std[i], target[i], bound, inverse_bound, A(0))
+                 .energy;
   return total;
 }
 
@@ -31,10 +31,11 @@ MTKD_INLINE A gradient_loop(const A* mean, const A* log_std, const A* target, in
   A total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; ++i) {
-    const auto e = gaussian::element<Bounded>(mean[i], log_std[i], target[i], bound, inverse_bound);
+    const auto e =
+        gaussian::element<Bounded>(mean[i], log_std[i], target[i], bound, inverse_bound, grad);
     total += e.energy;
-    mean_grad[i] = grad * e.mean_grad;
-    log_std_grad[i] = grad * e.log_std_grad;
+    mean_grad[i] = e.mean_grad;
+    log_std_grad[i] = e.log_std_grad;
   }
   return total;
 }
@@ -47,10 +48,11 @@ MTKD_INLINE void short_loop(const A* mean, const A* log_std, const A* target, in
   const A inverse_bound = Bounded ? A(1) / bound : A(0);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const auto e = gaussian::element<Bounded>(mean[i], log_std[i], target[i], bound, inverse_bound);
+    const auto e =
+        gaussian::element<Bounded>(mean[i], log_std[i], target[i], bound, inverse_bound, grad[i]);
     energy[i] = e.energy;
-    mean_grad[i] = grad[i] * e.mean_grad;
-    log_std_grad[i] = grad[i] * e.log_std_grad;
+    mean_grad[i] = e.mean_grad;
+    log_std_grad[i] = e.log_std_grad;
   }
 }
 

@@ -70,9 +70,9 @@ struct Walk {
       convert(target_pack, p.in.target.dtype, target);
       for (int k = 0; k < V; ++k) {
         const auto e =
-            gaussian::element<Bounded>(mean[k], log_std[k], target[k], bound, inverse_bound);
+            gaussian::element<Bounded>(mean[k], log_std[k], target[k], bound, inverse_bound, grad);
         total += e.energy;  // columns past the end are zeros, whose energy is 0
-        mean[k] = grad * e.mean_grad, log_std[k] = grad * e.log_std_grad;
+        mean[k] = e.mean_grad, log_std[k] = e.log_std_grad;
       }
       if constexpr (Gradients) {
         store_if_wanted(p.out.mean_grad, at, mean);

@@ -81,7 +81,8 @@ def gaussian_nll(
     Note:
         Forward and backward read each input once and write each gradient once for "mean" and
         "sum"; nothing else of size ``(*, D)`` is made. float16 and bfloat16 are read as they are
-        and computed in float32. A sequence is one call a teacher: pack hundreds of them.
+        and computed in float32; float16 is read again in backward, when the loss scale is known. A
+        sequence is one call a teacher unless teachers are small: pack hundreds of them.
 
     Source:
         Formont et al., "Learning Task-Agnostic Representations through Multi-Teacher
@@ -230,9 +231,10 @@ def linear_gaussian_nll(
 
     Note:
         "mean" and "sum" take three GEMMs, gradients included, and memory for one tile of rows
-        and teachers; `mtkd.linear.workspace` bounds it. "none" takes a fourth GEMM in backward
-        where its gradients do not fit the workspace. Under autocast `input` and the weights are
-        cast; what they make is float32.
+        and teachers; `mtkd.linear.workspace` bounds it. float16 inputs take a fourth GEMM, and so
+        does "none" where its gradients do not fit the workspace. Under autocast `input` and the
+        weights are cast; what they make is float32. With inputs of their own, equal teachers of at
+        most 2^20 numbers a tensor are stacked into one call; others are a call each.
 
     Source:
         As for `gaussian_nll`; the fused form follows ``torch.nn.functional.linear_cross_entropy``.

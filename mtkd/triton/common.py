@@ -21,6 +21,7 @@ WARPS = 4  # that hold so many in registers, without spilling any
 WIDTHS = (16, 64, 256, 1024)  # of tiles, in columns: few, since each is compiled
 STEP = 32  # columns that one step of a walk costs, however narrow its tile
 PROGRAMS = 512  # that fill a large GPU
+QUICK = 1 << 20  # numbers that a GPU reads and writes in less time than a launch takes
 
 
 class Tile(NamedTuple):
@@ -111,12 +112,22 @@ def softmax(values):
 
 
 @triton.jit
+def _tanh_polynomial(z):
+    """Return (tanh(x) / x - 1) / z of z = x^2, for |x| up to a limit, and that limit."""
+    if z.dtype == tl.float64:  # the Taylor series
+        return ((62 / 2835 * z - 17 / 315) * z + 2 / 15) * z - 1 / 3, 1 / 32
+    return ((1.7241487e-2 * z - 5.3045493e-2) * z + 1.3325879e-1) * z - 3.3333144e-1, 0.5  # minimax
+
+
+@triton.jit
 def tanh_and_slope(x):
-    """Return tanh and its derivative from one exponential."""
+    """Return tanh and its derivative from one exponential; no 1 - e near 0, where it cancels."""
     e = tl.exp(-2.0 * tl.abs(x))
     r = 1.0 / (1.0 + e)
-    value = (1.0 - e) * r
-    return tl.where(x < 0, -value, value), 4.0 * e * r * r
+    far = (1.0 - e) * r
+    p, limit = _tanh_polynomial(x * x)
+    value = tl.where(tl.abs(x) < limit, x + x * (x * x * p), tl.where(x < 0, -far, far))
+    return value, 4.0 * e * r * r
 
 
 @triton.jit
@@ -131,14 +142,15 @@ def _scale_kernel(x, scale, size, BLOCK: tl.constexpr):
 
 
 def scale_(tensors: Sequence[Tensor], scale: Tensor) -> None:
-    """Multiply in place by a number on the device; where that is 1, nothing is read."""
-    for tensor in tensors:
-        if not tensor.is_contiguous():
-            tensor.mul_(scale)
-        elif tensor.numel():
-            blocks = min(PROGRAMS, -(-tensor.numel() // 4096))
-            with on_device_of(tensor):
-                _scale_kernel[(blocks,)](tensor, scale, tensor.numel(), BLOCK=4096, num_warps=8)
+    """Multiply in place by a number on the device; where that is 1, large tensors are not read."""
+    large = [t for t in tensors if t.numel() > QUICK and t.is_contiguous()]
+    others = [t for t in tensors if t.numel() <= QUICK or not t.is_contiguous()]
+    if others:
+        torch._foreach_mul_(others, scale)
+    for tensor in large:
+        blocks = min(PROGRAMS, -(-tensor.numel() // 4096))
+        with on_device_of(tensor):
+            _scale_kernel[(blocks,)](tensor, scale, tensor.numel(), BLOCK=4096, num_warps=8)
 
 
 KERNELS: dict[str, Callable[..., Any]] = {"scale_": scale_}

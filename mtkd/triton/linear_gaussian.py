@@ -41,7 +41,7 @@ INTERPRETED = Config(32, 32, 32, 4, 1)
 BY_POINTERS = {"cuda": Config(128, 64, 32, 8, 3), "hip": Config(128, 64, 32, 8, 2)}
 BY_TMA = Config(128, 128, 64, 8, 3, tma=True)
 WIDTHS = (128, 64, 32)  # of blocks
-_UNIT = 16  # divides every width, so that rows are read and written in vectors
+_UNIT = 16  # divides every width, and the features, so that rows are read in vectors
 UNIT = tl.constexpr(_UNIT)
 
 
@@ -144,12 +144,13 @@ def _parts(values):
     """Return 128, 64 or 32 columns as parts of 32, from left to right."""
     if values.shape[1] == 32:
         return (values,)
-    left, right = _halves(values)
-    if values.shape[1] == 64:
-        return left, right
-    a, b = _halves(left)
-    c, d = _halves(right)
-    return a, b, c, d
+    elif values.shape[1] == 64:
+        return _halves(values)
+    else:
+        left, right = _halves(values)
+        a, b = _halves(left)
+        c, d = _halves(right)
+        return a, b, c, d
 
 
 @triton.jit
@@ -261,15 +262,15 @@ def _kernel(
         read = counted[:, None] & here[None, :]
         at = target[:, None] + column[None, :] * target_d
         wanted = tl.load(at, mask=read, other=0.0).to(tl.float32)
-        energy, to_mean, to_log_std = element(mean, log_std, wanted, BOUND)
+        energy, to_mean, to_log_std = element(mean, log_std, wanted, grad[:, None], BOUND)
         loss += tl.sum(tl.where(read, energy, 0.0), 1)
         if coefficient is not None:
             write = inside[:, None] & here[None, :]
             at = column[None, :] * grad_d
-            to_mean = tl.where(read, grad[:, None] * to_mean, 0.0)  # 0 * inf would be NaN
+            to_mean = tl.where(read, to_mean, 0.0)  # 0 * inf would be NaN
             to_mean_ = to_mean.to(mean_grad.dtype.element_ty)
             tl.store(mean_grad[:, None] + at, to_mean_, mask=write)
-            to_log_std = tl.where(read, grad[:, None] * to_log_std, 0.0)
+            to_log_std = tl.where(read, to_log_std, 0.0)
             to_log_std_ = to_log_std.to(log_std_grad.dtype.element_ty)
             tl.store(log_std_grad[:, None] + at, to_log_std_, mask=write)
             if bias_sums is not None:
@@ -372,10 +373,10 @@ def _config(x: Tensor, weight: Tensor) -> Config:
 
 def fits(dims: Sequence[int], input: Tensor, weight: Tensor) -> bool:
     """Whether the fused kernel is for these teachers and this layer ``(2, D, H)``."""
-    dims, features = tuple(dims), input.shape[1]
-    if input.dtype != weight.dtype or input.dtype.itemsize != 2:
+    dims, features = tuple(dims), input.shape[-1]
+    if input.dtype != weight.dtype or input.dtype.itemsize != 2 or input.dim() != 2:
         return False
-    if not 0 < features <= MOST_FEATURES or not _divide(dims):
+    if not 0 < features <= MOST_FEATURES or features % _UNIT or not _divide(dims):
         return False
     with on_device_of(input):
         config = _config(input, weight)
