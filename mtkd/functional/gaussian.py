@@ -234,7 +234,7 @@ def linear_gaussian_nll(
         and teachers; `mtkd.linear.workspace` bounds it. float16 inputs take a fourth GEMM, and so
         does "none" where its gradients do not fit the workspace. Under autocast `input` and the
         weights are cast; what they make is float32. With inputs of their own, equal teachers of at
-        most 2^20 numbers a tensor are stacked into one call; others are a call each.
+        most 2^18 numbers a tensor are stacked into one call; others are a call each.
 
     Source:
         As for `gaussian_nll`; the fused form follows ``torch.nn.functional.linear_cross_entropy``.
