@@ -54,8 +54,9 @@ def tile(rows: int, dims: tuple[int, ...], modes: int = 0, double: bool = False)
     columns = min(most, min(WIDTHS, key=cost))
     height = min(most // columns, triton.next_power_of_2(max(1, rows)))
     height = min(height, max(1, held // 4 // triton.next_power_of_2(max(1, modes))))
-    while height > 1 and -(-rows // height) * len(dims) < PROGRAMS and height * columns >= held // 4:
-        height //= 2  # few programs: more of them, each with less in flight
+    least = held // 4  # numbers: few programs had better be more, each with less in flight
+    while height > 1 and -(-rows // height) * len(dims) < PROGRAMS and height * columns >= least:
+        height //= 2
     return Tile(height, columns, max(2, WARPS * height * columns // held))
 
 
