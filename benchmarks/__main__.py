@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import docs, machine, measure, plots, report, results
-from .cases import CASES, CHECKED, DRY, FUSED, REGIMES, ROWS, Case
+from .cases import CASES, CHECKED, DRY, LOSSES, REGIMES, Case
 
 # what a dry run has no GPU or no time for
 LEFT_OUT = {
@@ -26,7 +26,7 @@ DIED = 3
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
-    parser.add_argument("loss", nargs="?", choices=[ROWS, FUSED, "import"], help="default: all")
+    parser.add_argument("loss", nargs="?", choices=[*LOSSES, "import"], help="default: all")
     parser.add_argument("--device", choices=list(CASES), default="cpu")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--quick", action="store_true", help="few repeats, small cases")

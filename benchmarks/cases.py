@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-ROWS, FUSED = "gaussian_nll", "linear_gaussian_nll"  # functions of mtkd.functional
+ROWS, FUSED, ALIGNED = LOSSES = "gaussian_nll", "linear_gaussian_nll", "alignment"
 # quantities of which little is asked; every other one should be large
 AT_MOST = {"milliseconds": "ms", "extra memory": "MiB", "host time": "us"}
 ERROR_LIMIT = {32: 1e-5, 16: 2.0}  # relative error; for 16 bits, in units of the least possible
 IMPORT_LIMIT = 0.15  # seconds over `import torch`
 DRY = (4, 2, 20, 8)  # rows, teachers, width, features: sizes of a dry run
-CHECKED = (70, 5, 300, 40)  # of `--check`: little work, more than one tile in each dimension
+CHECKED = (140, 5, 320, 48)  # of `--check`: little work, more than one tile in each dimension
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,10 @@ def _fused(
     return Case(FUSED, *size, baselines=baselines, **more)
 
 
+def _aligned(*size: int, baselines: tuple[str, ...] = ("eager", "loop"), **more) -> Case:  # type: ignore[no-untyped-def]
+    return Case(ALIGNED, *size, baselines=baselines, **more)
+
+
 TEACHERS = (1, 4, 16, 64, 256, 1024)
 COMPILED = ("eager", "loop", "compile")
 GRAPHED = ("eager", "loop", "graph", "gemms")
@@ -115,6 +119,14 @@ CPU = (
         asked={"cold gemms": 1 / 1.08, "cold extra memory": 96, "warm extra memory": 96},
     ),
     _fused(64, 256, 64, 256, asked={"cold gemms": 0.8, "warm gemms": 0.8}),
+    _aligned(
+        6304,
+        4,
+        768,
+        baselines=COMPILED,
+        asked={"cold loop": 20, "cold compile": 2.5, "warm loop": 15, "warm compile": 2},
+    ),
+    *(_aligned(256, t, 64, baselines=COMPILED) for t in TEACHERS if t <= 256),
     *(_fused(256, t, 64, 256) for t in TEACHERS),
     *(_fused(512, 8, 128, h) for h in (64, 128, 256, 512, 1024)),
 )
@@ -132,6 +144,7 @@ GPU = (
     ),
     _rows(8192, 8, 1024, baselines=COMPILED, asked={"gpu floor": 0.85, "gpu compile": 1.3}),
     _rows(4, 1, 8, asked={"gpu host time": 80}),
+    _aligned(25216, 4, 768, baselines=COMPILED),
     _fused(4, 1, 8, 8),
     _rows(512, 1024, 16, baselines=(*COMPILED, "graph")),
     _rows(4096, 8, 512, modes=4, baselines=COMPILED),

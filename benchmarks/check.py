@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from mtkd import ops
+from mtkd.dispatch import as_tuple
 from mtkd.testing import relative_error
 
 from .cases import ERROR_LIMIT, Case
-from .gaussian import problem
+from .losses import problem
 from .problem import Draw
 
 Kernels = Callable[[str], Callable[..., Any]]  # an implementation: its kernel, by role
@@ -49,7 +50,7 @@ def prepared(kernel: Callable[..., Any], role: str, p: Any) -> Callable[[], Made
     `scale_` gets the problem's packed tensors for gradients, and -1 as their factor.
     """
     args, coefficient = p.operator_arguments(), p.coefficient()
-    wanted = [True, True, p.logits is not None]
+    wanted = p.wanted()
     room = [torch.empty_like(x) for x in p.trained()]
     if role == SCALE:
         room = [x.detach().clone() for x in p.trained()]
@@ -59,14 +60,14 @@ def prepared(kernel: Callable[..., Any], role: str, p: Any) -> Callable[[], Made
         if role == "forward":
             return kernel(*args)[0], []
         if role == "backward":
-            return None, list(kernel(coefficient, saved, *args, wanted))
+            return None, list(as_tuple(kernel)(coefficient, saved, *args, wanted))
         if role == "value_and_grad":
             matrix, *gradients = kernel(coefficient, *args, wanted)
             return matrix, gradients
         if role == SCALE:
             kernel(room, factor)
             return None, room
-        return kernel(coefficient, *args, *room, *[None] * (3 - len(room))), room
+        return kernel(coefficient, *args, *room, *[None] * (len(wanted) - len(room))), room
 
     saved = room[0].new_empty(0)
     return call

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import mtkd.functional as F
 
-from .cases import ROWS, Case
+from .cases import Case
 from .problem import Draw, Problem
 
 
@@ -50,6 +50,8 @@ def packed(
 
 class Rows(Problem):
     """gaussian_nll on packed tensors, or on one tensor a teacher."""
+
+    formula = staticmethod(packed)
 
     def __init__(self, case: Case, draw: Draw):
         super().__init__(case, draw)
@@ -109,6 +111,9 @@ class Rows(Problem):
         columns = tuple(x.detach() for x in (self.mean, self.log_std, self.target))
         logits = None if self.logits is None else self.logits.detach()
         return self.mask, self.case.dims, *columns, logits, None, True, False
+
+    def wanted(self) -> list[bool]:
+        return [True, True, self.logits is not None]
 
     def coefficient(self) -> Tensor:
         """The matrix c with ``loss = sum(c * matrix)``."""
@@ -201,8 +206,3 @@ def _layer(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
         return None
     flat = functional.linear(x, weight.flatten(0, -2), bias.flatten())
     return flat.unflatten(-1, weight.shape[:-1])
-
-
-def problem(case: Case, draw: Draw) -> Any:
-    """One set of inputs of a case."""
-    return (Rows if case.loss == ROWS else Fused)(case, draw)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import machine
-from .cases import FUSED, ROWS
+from .cases import LOSSES
 
 COLORS = {"ours": "#d1335b", "eager": "#2a7fb8", "loop": "#b58900"}
 COLORS |= {"compile": "#2e9e5b", "graph": "#7b4fa3"}
@@ -31,7 +31,7 @@ def series(data: dict[str, Any], regime: str, axis: str) -> dict[str, Series]:
         loss = dict(rest)["loss"]
         if len(points) >= max(FEWEST, len(longest.get(loss, ())) + 1):
             longest[loss] = sorted(points, key=lambda point: point[0])
-    return {loss: longest[loss] for loss in (ROWS, FUSED) if loss in longest}
+    return {loss: longest[loss] for loss in LOSSES if loss in longest}
 
 
 def figures(data: dict[str, Any]) -> dict[str, dict[str, Series]]:

@@ -62,6 +62,10 @@ class Problem:
         for x in (*self.trained(), *self.split_inputs):
             x.grad = None
 
+    def wanted(self) -> list[bool]:
+        """Which gradients the operators of the loss make."""
+        return [True] * len(self.trained())
+
     def double(self) -> "Problem":
         """The same numbers in float64."""
         other = copy.copy(self)

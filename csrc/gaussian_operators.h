@@ -2,49 +2,34 @@
 // outputs and leave the work to a device's `run`.
 #pragma once
 
-#include <algorithm>
-#include <numeric>
-#include <tuple>
-#include <utility>
-
-#include "common.h"
+#include "operators.h"
 
 namespace mtkd::gaussian {
 
-inline bool has_shape(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef shape) {
-  return t.sizes().equals(shape);
-}
-
 // The arguments that the operators share, checked.
-struct Arguments {
-  OptionalTensor mask;
-  std::vector<int64_t> dims;
+struct Arguments : RowArguments {
   Tensor mean, log_std, target;
   OptionalTensor mode_logits;
   double bound;  // 0 for none
   bool per_dim, full;
-  int64_t rows, modes, teachers, columns;
-  ScalarType dtype;  // of losses
+  int64_t modes = 1;
 
   Arguments(OptionalTensor mask, std::vector<int64_t> dims, Tensor mean, Tensor log_std,
             Tensor target, OptionalTensor mode_logits, std::optional<double> bound, bool per_dim,
             bool full)
-      : mask(std::move(mask)),
-        dims(std::move(dims)),
+      : RowArguments("gaussian_nll", std::move(mask), std::move(dims), mean,
+                     accumulate_dtype(mean, log_std)),
         mean(std::move(mean)),
         log_std(std::move(log_std)),
         target(std::move(target)),
         mode_logits(std::move(mode_logits)),
         bound(bound.value_or(0.0)),
         per_dim(per_dim),
-        full(full),
-        teachers(static_cast<int64_t>(this->dims.size())),
-        columns(std::accumulate(this->dims.begin(), this->dims.end(), int64_t{0})),
-        dtype(accumulate_dtype(this->mean, this->log_std)) {
+        full(full) {
     check_shapes();
     for (const Tensor* t : {&this->mean, &this->log_std, &this->target}) check_numbers(*t);
     if (this->mode_logits) check_numbers(*this->mode_logits);
-    if (this->mask) check_mask();
+    check_mask();
   }
 
   void check_shapes() {
@@ -53,8 +38,6 @@ struct Arguments {
                     "gaussian_nll: mean and log_std are (N, D), or (N, M, D) with mode_logits");
     rows = mean.size(0), modes = mode_logits ? mean.size(1) : 1;
     STD_TORCH_CHECK(has_shape(log_std, mean.sizes()), "gaussian_nll: mean and log_std differ");
-    STD_TORCH_CHECK(std::all_of(dims.begin(), dims.end(), [](int64_t width) { return width > 0; }),
-                    "gaussian_nll: dims are positive");
     STD_TORCH_CHECK(
         target.size(0) == rows && target.size(1) == columns && mean.size(inner - 1) == columns,
         "gaussian_nll: columns and dims do not agree");
@@ -62,36 +45,6 @@ struct Arguments {
     STD_TORCH_CHECK(!mode_logits || has_shape(*mode_logits, {rows, modes, teachers}),
                     "gaussian_nll: mode_logits is (N, M, T)");
   }
-
-  // What kernels read and write as numbers.
-  void check_numbers(const Tensor& t) const {
-    STD_TORCH_CHECK(is_floating(t), "gaussian_nll: floating-point tensors expected");
-    STD_TORCH_CHECK(t.device() == mean.device(), "gaussian_nll: tensors on one device expected");
-  }
-
-  void check_mask() const {
-    STD_TORCH_CHECK(has_shape(*mask, {rows, teachers}) && mask->scalar_type() == ScalarType::Bool,
-                    "gaussian_nll: mask is (N, T), of bools");
-    STD_TORCH_CHECK(mask->device() == mean.device(),
-                    "gaussian_nll: tensors on one device expected");
-  }
-
-  void check_gradient(const Tensor& matrix) const {
-    STD_TORCH_CHECK(has_shape(matrix, {rows, teachers}),
-                    "gaussian_nll: the gradient to the losses is (N, T)");
-    check_numbers(matrix);
-  }
-
-  void check_output(const Tensor& output, const Tensor& argument, const char* name) const {
-    STD_TORCH_CHECK(has_shape(output, argument.sizes()), "gaussian_nll: ", name,
-                    " has its argument's shape");
-    check_numbers(output);
-  }
-
-  Tensor matrix() const { return empty(mean, {rows, teachers}, dtype); }
-  // The empty tensor that stands for a result which is not wanted.
-  Tensor nothing() const { return empty(mean, {0}, mean.scalar_type()); }
-  Tensor or_nothing(const OptionalTensor& result) const { return result ? *result : nothing(); }
 };
 
 // Where a device writes; without a value what is not wanted.
@@ -110,11 +63,6 @@ using Run = void(const Arguments&, const OptionalTensor&, const Results&);
 #define MTKD_GAUSSIAN_CHECKED                                                      \
   Arguments(std::move(mask), std::move(dims), std::move(mean), std::move(log_std), \
             std::move(target), std::move(mode_logits), bound, per_dim, full)
-
-inline OptionalTensor gradient_like(const OptionalTensor& t, bool wanted) {
-  if (!wanted || !t) return std::nullopt;
-  return empty(*t, {t->sizes().begin(), t->sizes().end()}, t->scalar_type());
-}
 
 // The gradients wanted.
 inline Results gradients_of(const Arguments& arguments, const std::vector<bool>& wanted) {

@@ -140,7 +140,28 @@ class Loss:
     def implement(self, key: str, **kernels: Callable[..., Any]) -> None:
         """Register Python kernels under a dispatch key: ``forward=``, ``backward=``, ..."""
         for role, kernel in kernels.items():
+            kernel = _as_schema(kernel) if role == "backward" else kernel
             implement(self.name + _SUFFIXES[role], key, kernel)
+
+
+def as_tuple(backward: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    """Wrap an operator that returns a tensor, not a tuple, where there is a single gradient."""
+
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        gradients = backward(*args)
+        return (gradients,) if isinstance(gradients, Tensor) else gradients
+
+    return run
+
+
+def _as_schema(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The opposite: in a schema, a tuple of one is what it holds."""
+
+    def run(*args: Any) -> Any:
+        gradients = backward(*args)
+        return gradients[0] if isinstance(gradients, tuple) and len(gradients) == 1 else gradients
+
+    return run
 
 
 def implement(operator: str, key: str, kernel: Callable[..., Any]) -> None:
@@ -182,6 +203,7 @@ def define(
     formulas = Formulas(formula, gradient, saved or nothing, positions)
     operators = (getattr(torch.ops.mtkd, name + suffix).default for suffix in _SUFFIXES.values())
     handles = dict(zip(_SUFFIXES, operators, strict=True))
+    handles["backward"] = as_tuple(handles["backward"])
     loss = Loss(name, names, positions, formulas=formulas, **handles)
     _register_formulas(loss)
     _register_autograd(loss)

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from .dispatch import Loss, define, implement
-from .reference import gaussian
+from .reference import alignment as alignment_formulas
+from .reference import gaussian as gaussian_formulas
 
 gaussian_nll = define(
     "gaussian_nll",
     "Tensor? mask, int[] dims, Tensor mean, Tensor log_std, Tensor target, Tensor? mode_logits,"
     " float? bound, bool per_dim, bool full",
     differentiable=("mean", "log_std", "mode_logits"),
-    formula=gaussian.nll,
-    gradient=gaussian.nll_gradient,
+    formula=gaussian_formulas.nll,
+    gradient=gaussian_formulas.nll_gradient,
 )
 
 linear_gaussian_nll = define(
@@ -28,12 +29,35 @@ linear_gaussian_nll = define(
     " Tensor? mode_bias, Tensor target, float? bound, bool per_dim, bool full, int workspace,"
     " bool stash",
     differentiable=("input", "weight", "bias", "mode_weight", "mode_bias"),
-    formula=gaussian.linear_nll,
-    gradient=gaussian.linear_nll_gradient,
-    saved=gaussian.linear_nll_saved,
+    formula=gaussian_formulas.linear_nll,
+    gradient=gaussian_formulas.linear_nll_gradient,
+    saved=gaussian_formulas.linear_nll_saved,
 )
 
-LOSSES: tuple[Loss, ...] = (gaussian_nll, linear_gaussian_nll)
+_ALIGNMENT = (
+    " Tensor? shift, Tensor? scale, Tensor? dispersion, float cosine, float smooth_l1, float mse,"
+    " float angle, float beta, float eps"
+)
+
+alignment = define(
+    "alignment",
+    f"Tensor? mask, int[] dims, Tensor student, Tensor target,{_ALIGNMENT}",
+    differentiable=("student",),
+    formula=alignment_formulas.alignment,
+    gradient=alignment_formulas.alignment_gradient,
+)
+
+linear_alignment = define(
+    "linear_alignment",
+    "Tensor? mask, int[] dims, Tensor input, Tensor weight, Tensor? bias, Tensor target,"
+    f"{_ALIGNMENT}, int workspace, bool stash",
+    differentiable=("input", "weight", "bias"),
+    formula=alignment_formulas.linear_alignment,
+    gradient=alignment_formulas.linear_alignment_gradient,
+    saved=alignment_formulas.linear_alignment_saved,
+)
+
+LOSSES: tuple[Loss, ...] = (gaussian_nll, linear_gaussian_nll, alignment, linear_alignment)
 
 # Which kernels serve a row loss on a GPU, "triton" or "compiled": the measured faster of the two,
 # and Triton where nothing has been measured.
@@ -82,10 +106,13 @@ def _triton_file(family: str) -> ModuleType:
     return import_module(f".triton.{family}", __package__)
 
 
+def _has_kernel(operator: str, key: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, key))
+
+
 def _compiled(operator: str) -> Callable[..., Any] | None:
     """A kernel compiled for CUDA, where the extension has it."""
-    name = f"mtkd_cuda::{operator}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
+    if not _has_kernel(f"mtkd_cuda::{operator}", "CUDA"):
         return None
     return getattr(torch.ops.mtkd_cuda, operator).default  # type: ignore[no-any-return]
 
@@ -101,12 +128,12 @@ def _gpu_kernel(loss: str, role: str, operator: str) -> tuple[str, Callable[...,
 
 def _serve() -> dict[tuple[str, str], str]:
     """Register the kernels for GPUs; return what serves row losses, by loss and device type."""
-    served = {(loss, "cpu"): "compiled" for loss in ON_GPU if extension is not None}
+    served = {(x.name, "cpu"): "compiled" for x in LOSSES if _has_kernel(f"mtkd::{x.name}", "CPU")}
     for loss in (loss for loss in LOSSES if loss.name in ON_GPU):
         for role, operator in loss.kernels.items():
             served[loss.name, _GPU], kernel = _gpu_kernel(loss.name, role, operator)
             if kernel is not None:
-                implement(operator, _GPU.upper(), kernel)
+                loss.implement(_GPU.upper(), **{role: kernel})
     scale_ = triton_kernel("scale_", "scale_") if _WITH_TRITON else _compiled("scale_")
     if scale_ is not None:
         implement("scale_", _GPU.upper(), scale_)

@@ -68,14 +68,16 @@ def join_small(calls: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
 
     Large tensors are better read where they are: packing them would move more than the loss does.
     """
-    kinds = {tuple(tensor.dtype for tensor in call[1:]) for call in calls}
+    kinds = {tuple(None if x is None else x.dtype for x in call[1:]) for call in calls}
     if len(calls) == 1 or len(kinds) > 1 or max(call[1].numel() for call in calls) > SMALL:
         return calls
     dims, *columns = zip(*calls, strict=True)
-    return [(tuple(chain.from_iterable(dims)), *(torch.cat(tensors, -1) for tensors in columns))]
+    joined = (None if tensors[0] is None else torch.cat(tensors, -1) for tensors in columns)
+    return [(tuple(chain.from_iterable(dims)), *joined)]
 
 
 LARGEST = 1 << 18  # numbers whose copies take less time than a call of their own
+LARGEST_STACK = 1 << 24  # numbers, of one kind and all teachers
 
 
 def stack_equal(calls: Sequence[tuple[Any, ...]], columns: Sequence[int]) -> Sequence[Any]:
@@ -86,7 +88,9 @@ def stack_equal(calls: Sequence[tuple[Any, ...]], columns: Sequence[int]) -> Seq
     """
     looks = {tuple(x if x is None else (x.shape, x.dtype) for x in call[1:]) for call in calls}
     sizes = [x.numel() for x in calls[0][1:] if x is not None]
-    if len(calls) == 1 or len(looks) > 1 or max(sizes) > LARGEST:
+    if len(calls) == 1 or len(looks) > 1:
+        return calls
+    if max(sizes) > LARGEST or len(calls) * max(sizes) > LARGEST_STACK:
         return calls
     dims, inputs, *others = zip(*calls, strict=True)
     joined = [

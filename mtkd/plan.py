@@ -11,7 +11,7 @@ from functools import lru_cache
 
 GOOD_ROWS = 2048  # a CPU's GEMMs run near their peak from about this many rows
 GOOD_COLUMNS = 2048  # and columns, all parts counted; the tile stays in a shared cache
-WIDE_COLUMNS = 4096  # that a GPU's GEMMs want before they have more rows
+WIDE_COLUMNS = 2048  # that a GPU's GEMMs want before they have more rows
 FLOAT_BYTES = 4
 
 
@@ -58,6 +58,7 @@ def tiles(
     if fill:
         wanted, good = min(parts * sum(dims), WIDE_COLUMNS), workspace
         height = max(1, min(rows, workspace // (wanted * item)))
+        height = max(1, -(-rows // -(-rows // height)))  # blocks of one size, no small last one
     else:
         height = max(1, min(rows, GOOD_ROWS))
         # few rows leave room for wider tiles: fewer, larger GEMMs in the bytes of a good tile

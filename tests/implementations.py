@@ -13,7 +13,7 @@ import torch
 from cases import INTERPRETED
 
 from mtkd import ops
-from mtkd.dispatch import Loss
+from mtkd.dispatch import Loss, as_tuple
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,7 +62,8 @@ def _triton(loss: Loss, role: str) -> Callable[..., Any]:
 
 
 def _compiled_cuda(loss: Loss, role: str) -> Callable[..., Any]:
-    return getattr(torch.ops.mtkd_cuda, loss.kernels[role]).default
+    operator = getattr(torch.ops.mtkd_cuda, loss.kernels[role]).default
+    return as_tuple(operator) if role == "backward" else operator
 
 
 FORMULA = Implementation("formula", _formula)

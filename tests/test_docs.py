@@ -25,7 +25,9 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/losses/gaussian.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/losses/gaussian.md", "docs/losses/alignment.md"]
+)
 def test_python_examples_run(page):
     for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL):
         exec(compile(code, page, "exec"), {})
@@ -38,7 +40,14 @@ def test_docstring_examples(name):
 
 
 @pytest.mark.parametrize(
-    "public", ["functional.gaussian_nll", "functional.linear_gaussian_nll", "nn.GaussianHeads"]
+    "public",
+    [
+        "functional.gaussian_nll",
+        "functional.linear_gaussian_nll",
+        "functional.alignment",
+        "functional.linear_alignment",
+        "nn.GaussianHeads",
+    ],
 )
 def test_public_docstrings_have_every_section(public):
     module, name = public.rsplit(".", 1)

@@ -75,7 +75,7 @@ CASES = [
     (row, {"reduction": "avg"}, ValueError, "reduction: .* one of none, mean, sum, got 'avg'"),
     (row, {"weight": Z(3)}, ValueError, r"weight: .* shape \(2,\) or \(4, 2\), got \(3,\)"),
     (row, {"weight": Z(2, dtype=torch.int64)}, TypeError, "weight: .*torch.int64"),
-    (row, {"weight": [1.0, 2.0]}, TypeError, "weight: expected a tensor, got list"),
+    (row, {"weight": [1.0, 2.0]}, TypeError, "weight: expected a tensor or a callable, got list"),
     (row, {"mask": Z(N, 2)}, TypeError, "mask: expected a bool tensor .*torch.float32"),
     (row, {"mask": Z(N, 3, dtype=torch.bool)}, ValueError, r"mask: expected shape \(4, 2\)"),
     (row, {"denominator": 2.0, "reduction": "sum"}, ValueError, "denominator: .*mean"),

@@ -236,7 +236,17 @@ def test_any_bound(implementation, bound, dtype):
     size = torch.logspace(-6, 0.5, 131, dtype=DOUBLE)
     log_std = torch.stack((size, -size, size, -size), -1).to(dtype)
     mean, target = torch.zeros_like(log_std), torch.tensor([0.0, 0.0, 1.0, 1.0])
-    args = (None, (1, 1, 2), mean, log_std, target.expand_as(mean), None, bound, True, False)
+    args = (
+        None,
+        (1, 1, 2),
+        mean,
+        log_std,
+        target.expand_as(mean).clone(),
+        None,
+        bound,
+        True,
+        False,
+    )
     c = torch.ones(len(size), 3, dtype=dtype)
     matrix, *gradients = implementation(ops.gaussian_nll, "value_and_grad")(c, *args, [True] * 3)
     exact = cast(args, DOUBLE)  # the first two columns of losses are the bounded log_std

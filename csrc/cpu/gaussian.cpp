@@ -128,16 +128,12 @@ A segment(const Inputs& in, const Outputs& out, int64_t n, int64_t m, int64_t t,
 }
 
 template <class A>
-void write_zeros(const Inputs& in, const Outputs& out, int64_t n, int64_t t) {
+void zero_teacher(const Inputs& in, const Outputs& out, int64_t n, int64_t t) {
   out.loss.put(n, 0, t, A(0));
-  const std::vector<A> zeros(std::min(kBlock, in.offsets[t + 1] - in.offsets[t]), A(0));
   for (int64_t m = 0; m < in.modes; ++m) {
     out.logits_grad.put(n, m, t, A(0));
-    for (int64_t j = in.offsets[t]; j < in.offsets[t + 1]; j += kBlock) {
-      const int64_t count = std::min(kBlock, in.offsets[t + 1] - j);
-      for (const View* view : {&out.mean_grad, &out.log_std_grad})
-        if (*view) write(zeros.data(), count, view->dtype, view->column, view->at(n, m, j));
-    }
+    for (const View* view : {&out.mean_grad, &out.log_std_grad})
+      write_zeros(*view, n, m, in.offsets[t], in.offsets[t + 1]);
   }
 }
 
@@ -170,10 +166,6 @@ A mixture(const Inputs& in, const Outputs& out, int64_t n, int64_t t, A constant
   return -evidence;
 }
 
-bool counts(const Inputs& in, int64_t n, int64_t t) {
-  return !in.mask || *reinterpret_cast<bool*>(in.mask.at(n, 0, t));
-}
-
 template <class A>
 A constant_of(const Inputs& in, int64_t t) {
   const int64_t width = in.offsets[t + 1] - in.offsets[t];
@@ -184,7 +176,7 @@ A constant_of(const Inputs& in, int64_t t) {
 template <class A>
 void long_teacher(const Inputs& in, const Outputs& out, const View& coefficient, int64_t n,
                   int64_t t) {
-  if (!counts(in, n, t)) return write_zeros<A>(in, out, n, t);
+  if (!counts(in.mask, n, t)) return zero_teacher<A>(in, out, n, t);
   const A constant = constant_of<A>(in, t), scale = static_cast<A>(in.scales[t]);
   A grad_value = 0;
   if (coefficient) grad_value = scale * coefficient.get<A>(n, 0, t);
@@ -215,8 +207,8 @@ void short_teachers(const Inputs& in, const Outputs& out, const View& coefficien
   out.log_std_grad.store(n, 0, begin, columns, log_std_grad);
   segment_sums(scratch[5], in.offsets.data() + first, last - first, sums);
   for (int64_t t = first; t < last; ++t) {
-    if (!counts(in, n, t)) {
-      write_zeros<A>(in, out, n, t);
+    if (!counts(in.mask, n, t)) {
+      zero_teacher<A>(in, out, n, t);
     } else {
       out.loss.put(n, 0, t,
                    static_cast<A>(in.scales[t]) * (sums[t - first] + constant_of<A>(in, t)));
@@ -235,19 +227,6 @@ void run_as(const Inputs& in, const Outputs& out, const View& coefficient) {
       short_teachers<A>(in, out, coefficient, n, first, last);
     }
   });
-}
-
-// Join successive teachers of at most kShort columns while together they fit a block.
-std::vector<int64_t> group_short(const std::vector<int64_t>& offsets) {
-  constexpr int64_t kShort = 96;
-  std::vector<int64_t> groups{0};
-  const int64_t teachers = static_cast<int64_t>(offsets.size()) - 1;
-  for (int64_t t = 1; t < teachers; ++t) {
-    const bool both = std::max(offsets[t + 1] - offsets[t], offsets[t] - offsets[t - 1]) <= kShort;
-    if (!both || offsets[t + 1] - offsets[groups.back()] > kBlock) groups.push_back(t);
-  }
-  groups.push_back(teachers);
-  return groups;
 }
 
 std::vector<int64_t> each_teacher(int64_t teachers) {
@@ -271,12 +250,8 @@ Inputs inputs_of(const gaussian::Arguments& arguments) {
 }
 
 Outputs outputs_of(const gaussian::Results& results) {
-  Outputs out{View(results.loss), View(results.mean_grad), View(results.log_std_grad),
-              View(results.logits_grad)};
-  for (auto [view, grad] : {std::pair(&out.mean_grad, &results.mean_grad),
-                            std::pair(&out.log_std_grad, &results.log_std_grad)})
-    view->streamed = results.fresh && *grad && (*grad)->numel() * view->item >= kLargeBytes;
-  return out;
+  return {View(results.loss), output_view(results.mean_grad, results.fresh),
+          output_view(results.log_std_grad, results.fresh), View(results.logits_grad)};
 }
 
 void run(const gaussian::Arguments& arguments, const OptionalTensor& coefficient,

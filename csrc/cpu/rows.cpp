@@ -163,4 +163,16 @@ MTKD_CLONES void write(const double* v, int64_t n, ScalarType dtype, int64_t str
   write_any(v, n, dtype, stride, data);
 }
 
+std::vector<int64_t> group_short(const std::vector<int64_t>& offsets) {
+  constexpr int64_t kShort = 96;
+  std::vector<int64_t> groups{0};
+  const int64_t teachers = static_cast<int64_t>(offsets.size()) - 1;
+  for (int64_t t = 1; t < teachers; ++t) {
+    const bool both = std::max(offsets[t + 1] - offsets[t], offsets[t] - offsets[t - 1]) <= kShort;
+    if (!both || offsets[t + 1] - offsets[groups.back()] > kBlock) groups.push_back(t);
+  }
+  groups.push_back(teachers);
+  return groups;
+}
+
 }  // namespace mtkd::cpu

@@ -89,6 +89,28 @@ struct View {
   }
 };
 
+// An output that is written once; one in memory that nobody has touched yet may pass the caches.
+inline View output_view(const OptionalTensor& t, bool fresh) {
+  View view(t);
+  view.streamed = fresh && t && t->numel() * view.item >= kLargeBytes;
+  return view;
+}
+
+inline bool counts(const View& mask, int64_t n, int64_t t) {
+  return !mask || *reinterpret_cast<bool*>(mask.at(n, 0, t));
+}
+
+// Zeros in the columns from begin to end, if the view is of anything.
+inline void write_zeros(const View& view, int64_t n, int64_t m, int64_t begin, int64_t end) {
+  static const float zeros[kBlock] = {};
+  for (int64_t j = begin; view && j < end; j += kBlock)
+    write(zeros, std::min(kBlock, end - j), view.dtype, view.column, view.at(n, m, j));
+}
+
+// The first teacher of each group, and the number of teachers: a group is one teacher, or several
+// successive ones of few columns that together fit a block.
+std::vector<int64_t> group_short(const std::vector<int64_t>& offsets);
+
 // body(n, g) for every row and group of teachers, spread over threads by the work in them.
 template <class Body>
 void for_each_row_and_group(int64_t rows, int64_t groups, int64_t row_work, const Body& body) {

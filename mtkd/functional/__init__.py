@@ -1,5 +1,17 @@
 """Losses of many teachers as functions: check, pack, call the operator, reduce."""
 
+from .alignment import alignment, angle, cosine, linear_alignment, mse, smooth_l1
 from .gaussian import gaussian_nll, linear_gaussian_nll
+from .shifted import shifted_mse
 
-__all__ = ["gaussian_nll", "linear_gaussian_nll"]
+__all__ = [
+    "alignment",
+    "angle",
+    "cosine",
+    "gaussian_nll",
+    "linear_alignment",
+    "linear_gaussian_nll",
+    "mse",
+    "shifted_mse",
+    "smooth_l1",
+]

@@ -117,6 +117,15 @@ def check_bound(bound: float | None) -> None:
         raise ValueError(f"bound: expected None or a positive finite number, got {bound!r}")
 
 
+def check_number(name: str, value: Any, positive: bool = False) -> None:
+    """Raise unless a setting is a finite number that is not negative, or that is positive."""
+    expected = "a positive finite number" if positive else "a finite number, 0 or more"
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if not ((value > 0 if positive else value >= 0) and value <= _MOST):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
 def _short(dims: Any) -> str:
     text = str(tuple(dims)) if is_sequence(dims) else repr(dims)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import linear, ops
 from ..packing import join_small, stack_equal
-from ..reduction import reduce, split_columns
+from ..reduction import Weight, needs_matrix, reduce, split_columns
 from ..reference.columns import accumulate_dtype
 from .checks import (
     Group,
@@ -19,6 +19,7 @@ from .checks import (
     check_tensor,
     group_teachers,
 )
+from .layers import autocast, input_leading
 
 ROW_NAMES = ("mean", "log_std", "target")
 Tensors = Tensor | Sequence[Tensor]
@@ -34,7 +35,7 @@ def gaussian_nll(
     bound: float | None = None,
     per_dim: bool = True,
     full: bool = False,
-    weight: Tensor | None = None,
+    weight: Weight = None,
     mask: Tensor | None = None,
     denominator: float | Tensor | None = None,
     reduction: str = "mean",
@@ -60,7 +61,9 @@ def gaussian_nll(
         bound: with b, ``b * tanh(log_std / b)`` takes the place of `log_std`.
         per_dim: divide each teacher's loss by its width (after the logarithm over modes).
         full: add the constant ``D_t / 2 log 2 pi`` (before the division).
-        weight: weights of teachers ``(T,)`` or of entries ``(*, T)``; may require grad.
+        weight: weights of teachers ``(T,)`` or of entries ``(*, T)``; may require grad; or a
+            callable (detached matrix ``(*, T)``, mask) -> weights, such as those of
+            `mtkd.weighting`.
         mask: entries that count, ``(*, T)`` bool; whatever the others hold adds nothing.
         denominator: divides the sum, in place of the sum of the counted weights.
         reduction: "none", "mean" or "sum" over rows and teachers.
@@ -81,8 +84,9 @@ def gaussian_nll(
     Note:
         Forward and backward read each input once and write each gradient once for "mean" and
         "sum"; nothing else of size ``(*, D)`` is made. float16 and bfloat16 are read as they are
-        and computed in float32; float16 is read again in backward, when the loss scale is known. A
-        sequence is one call a teacher unless teachers are small: pack hundreds of them.
+        and computed in float32. float16 is read again in backward, when the loss scale is known;
+        so is everything with a callable `weight`, since no gradient is known before the matrix is.
+        A sequence is one call a teacher unless teachers are small: pack hundreds of them.
 
     Source:
         Formont et al., "Learning Task-Agnostic Representations through Multi-Teacher
@@ -185,7 +189,7 @@ def linear_gaussian_nll(
     bound: float | None = None,
     per_dim: bool = True,
     full: bool = False,
-    weight: Tensor | None = None,
+    weight: Weight = None,
     mask: Tensor | None = None,
     denominator: float | Tensor | None = None,
     reduction: str = "mean",
@@ -209,7 +213,9 @@ def linear_gaussian_nll(
         bound: with b, ``b * tanh(log_std / b)`` takes the place of the log standard deviations.
         per_dim: divide each teacher's loss by its width.
         full: add the constant ``D_t / 2 log 2 pi``.
-        weight: weights of teachers ``(T,)`` or of entries ``(*, T)``; may require grad.
+        weight: weights of teachers ``(T,)`` or of entries ``(*, T)``; may require grad; or a
+            callable (detached matrix ``(*, T)``, mask) -> weights, such as those of
+            `mtkd.weighting`.
         mask: entries that count, ``(*, T)`` bool.
         denominator: divides the sum, in place of the sum of the counted weights.
         reduction: "none", "mean" or "sum" over rows and teachers.
@@ -232,9 +238,10 @@ def linear_gaussian_nll(
     Note:
         "mean" and "sum" take three GEMMs, gradients included, and memory for one tile of rows
         and teachers; `mtkd.linear.workspace` bounds it. float16 inputs take a fourth GEMM, and so
-        does "none" where its gradients do not fit the workspace. Under autocast `input` and the
-        weights are cast; what they make is float32. With inputs of their own, equal teachers of at
-        most 2^18 numbers a tensor are stacked into one call; others are a call each.
+        do "none" and a callable `weight` where the gradients do not fit the workspace. Under
+        autocast `input` and the weights are cast; what they make is float32. With inputs of their
+        own, equal teachers of at most 2^18 numbers a tensor are stacked into one call; others are
+        a call each.
 
     Source:
         As for `gaussian_nll`; the fused form follows ``torch.nn.functional.linear_cross_entropy``.
@@ -258,11 +265,11 @@ def linear_gaussian_nll(
         mode_weight=mode_weight,
         mode_bias=mode_bias,
     )
-    leading = _input_leading(groups[0])
+    leading = input_leading(groups[0])
     calls = [_linear_arguments(group, leading) for group in groups]
     calls = list(stack_equal(calls, columns=(-2, -1, -2, -1, -1)))
     trained = any(isinstance(x, Tensor) and x.requires_grad for call in calls for x in call)
-    stash = reduction == "none" and torch.is_grad_enabled() and trained
+    stash = needs_matrix(weight, reduction) and torch.is_grad_enabled() and trained
     stash = stash and linear.stash_fits(leading.numel(), sum(map(_projected, calls)))
     budget = linear.workspace_size()
     return reduce(
@@ -277,15 +284,6 @@ def linear_gaussian_nll(
         denominator=denominator,
         reduction=reduction,
     )
-
-
-def _input_leading(group: Group) -> torch.Size:
-    name = f"input{group.suffix}"
-    input: Tensor = group.tensors[0]
-    check_tensor(name, input)
-    if input.dim() < 1:
-        raise ValueError(f"{name}: expected shape (*, H), got a 0-dim tensor")
-    return input.shape[:-1]
 
 
 def _linear_arguments(group: Group, leading: torch.Size) -> tuple[Any, ...]:
@@ -321,7 +319,7 @@ def _linear_arguments(group: Group, leading: torch.Size) -> tuple[Any, ...]:
         check_shape(f"mode_bias{suffix}", mode_bias, (inside[0], len(dims)))
     rows = leading.numel()
     input, target = input.reshape(rows, features), target.reshape(rows, inside[-1])
-    input, weight, mode_weight = (_autocast(x) for x in (input, weight, mode_weight))
+    input, weight, mode_weight = (autocast(x) for x in (input, weight, mode_weight))
     return dims, input, weight, bias, mode_weight, mode_bias, target
 
 
@@ -330,13 +328,3 @@ def _projected(call: tuple[Any, ...]) -> int:
     _, _, weight, _, mode_weight, *_ = call
     layers = [weight] if mode_weight is None else [weight, mode_weight]
     return sum(layer.shape[:-1].numel() for layer in layers)
-
-
-def _autocast(operand: Tensor | None) -> Tensor | None:
-    """Cast a GEMM's operand as autocast casts those of torch's own linear layers."""
-    if operand is None or operand.dtype == torch.float64:
-        return operand
-    kind = operand.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return operand
-    return operand.to(torch.get_autocast_dtype(kind))

@@ -66,4 +66,5 @@ def stash_fits(rows: int, width: int) -> bool:
     return plan.stash_fits(rows, width, _workspace)
 
 
-from . import gaussian as gaussian  # noqa: E402  registers its operators
+from . import alignment as alignment  # noqa: E402  registers its operators
+from . import gaussian as gaussian  # noqa: E402

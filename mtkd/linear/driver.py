@@ -25,6 +25,7 @@ class Tile(NamedTuple):
     coefficient: Tensor | None  # (n, t); no gradients without
     target: Tensor  # (n, c)
     dims: Sequence[int]
+    group: slice  # its teachers
     columns: slice
 
 
@@ -58,10 +59,17 @@ class Call:
             self.rows,
             tuple(self.dims),
             self.columns.parts,
-            self.workspace - self.workspace // 16 * self.makes_projection,  # for partial sums
+            self._tile_budget(),
             item,
             fill=self.input.device.type != "cpu",
         )
+
+    def _tile_budget(self) -> int:
+        """Return the bytes for a tile: less partial sums and an input gradient of wider numbers."""
+        beside = self.workspace // 16 if self.makes_projection else 0
+        if self.operand != self.result:
+            beside += self.input.numel() * self.result.itemsize
+        return max(self.workspace // 2, self.workspace - beside)
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Make a tensor, of results unless a dtype is given."""
@@ -153,6 +161,7 @@ class Call:
                     None if coefficient is None else coefficient[rows, group],
                     self.target[rows, columns],
                     self.dims[group],
+                    group,
                     columns,
                 )
                 part, sums = self.kernel(tile)
@@ -189,13 +198,14 @@ class Sink:
 
     def __init__(self, call: Call, wanted: Sequence[bool]) -> None:
         self.call = call
-        to_input, to_weight, to_bias, to_mode_weight, to_mode_bias = wanted
+        to_input, to_weight, to_bias, *self.to_teachers = wanted
         single = call.once and len(call.plan.groups) == 1 and call.teachers is None
         dtype = call.operand if single and call.operand == call.input.dtype else call.result
         self.input_grad = empty(call.input, dtype, call.rows) if to_input else None
         call.columns.want(to_weight, to_bias, call.rows, call.once)
         if call.teachers is not None:
-            call.teachers.want(to_mode_weight, to_mode_bias, call.rows, call.once)
+            to_weight, to_bias = self.to_teachers
+            call.teachers.want(to_weight, to_bias, call.rows, call.once)
 
     def take_columns(
         self,
@@ -219,14 +229,14 @@ class Sink:
         if layer is None or logits is None:
             return
         grad, columns = logits.to(self.call.operand), slice(0, len(self.call.dims))
-        layer.accumulate(grad, x, columns, rows.start == 0)
+        layer.accumulate(grad, x, columns, rows.start == 0, logits.sum(0))
         if self.input_grad is not None:
             layer.input_grad(grad, x, columns, self.input_grad[..., rows, :], first=False)
 
     def gradients(self) -> tuple[Tensor, ...]:
         """Return the gradients; one that is not wanted is an empty tensor."""
         call, like = self.call, self.call.input
-        teachers = (like.new_empty(0), like.new_empty(0))
+        teachers = tuple(like.new_empty(0) for _ in self.to_teachers)
         if call.teachers is not None:
             teachers = call.teachers.gradients()
         return finished(self.input_grad, like), *call.columns.gradients(), *teachers

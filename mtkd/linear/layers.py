@@ -76,7 +76,7 @@ class Layer:
                 add_product(out, z.mT, x, first)
         if self.bias_grad is not None:
             if bias_sums is not None:
-                sums = [total[0] for total in self._tiles(bias_sums.unsqueeze(0), x)]
+                sums = [total.squeeze(-2) for total in self._tiles(bias_sums.unsqueeze(0), x)]
             else:
                 sums = [z.sum(-2, dtype=self.precision.result) for z in tiles]
             for total, out in zip(sums, self._matrices(self.bias_grad, columns, x), strict=True):

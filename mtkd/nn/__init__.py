@@ -1,6 +1,7 @@
 """Modules: heads that hold a loss's parameters and settings, and the teachers' normalisation."""
 
 from .gaussian import GaussianHeads
-from .norm import TeacherNorm
+from .norm import CosineMomentum, TeacherNorm
+from .phi_s import PhiS
 
-__all__ = ["GaussianHeads", "TeacherNorm"]
+__all__ = ["CosineMomentum", "GaussianHeads", "PhiS", "TeacherNorm"]

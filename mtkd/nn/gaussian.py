@@ -11,6 +11,7 @@ from torch.nn import functional
 from ..functional import linear_gaussian_nll
 from ..functional.checks import check_bound
 from ..packing import offsets, pack, split
+from ..reduction import Weight
 from ..reference.columns import accumulate_dtype
 from .mlp import Parts, TeacherMLPs, check_count
 from .teachers import Tensors
@@ -38,7 +39,8 @@ class GaussianHeads(TeacherMLPs):
     Shape:
         - student ``(*, H)``; target ``(*, D)`` with ``D = sum(dims)``, or ``(*, D_t)`` a teacher
           in a sequence or, when `dims` is a mapping, a mapping by name.
-        - mask ``(*, T)``; weight ``(T,)`` or ``(*, T)``.
+        - mask ``(*, T)``; weight ``(T,)`` or ``(*, T)``, or a callable that makes them of the
+          detached matrix ``(*, T)`` and the mask.
 
     Returns:
         ``(*, T)`` for reduction "none", else a 0-dim tensor: nats per dimension (nats without
@@ -131,7 +133,7 @@ class GaussianHeads(TeacherMLPs):
         target: Tensors,
         *,
         mask: Tensor | None = None,
-        weight: Tensor | None = None,
+        weight: Weight = None,
         denominator: float | Tensor | None = None,
         reduction: str = "mean",
     ) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .columns import accumulate_dtype, expand_columns, segment_sum, zero_uncounted_rows
+from .layers import project, project_gradient
 
 
 class _Standardised(NamedTuple):
@@ -130,19 +131,6 @@ def nll_gradient(
     return mean_grad.reshape(mean.shape), log_std_grad.reshape(log_std.shape), logits_grad
 
 
-def _project(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return ``(N, *weight.shape[:-1])``; input is ``(N, H)``, or ``(T, N, H)`` for T teachers."""
-    out = torch.einsum("tnh,...tdh->n...td", *_by_input(input.to(dtype), weight.to(dtype)))
-    out = out.flatten(-2)
-    return out if bias is None else out + bias.to(dtype)
-
-
-def _by_input(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return input ``(T, N, H)`` and weight ``(*, T, D / T, H)``; T is 1 for a shared input."""
-    input = input if input.dim() == 3 else input.unsqueeze(0)
-    return input, weight.unflatten(-2, (input.shape[0], -1))
-
-
 def linear_nll(
     mask: Tensor | None,
     dims: Sequence[int],
@@ -166,8 +154,8 @@ def linear_nll(
     `stash` steer kernels only.
     """
     dtype, input = accumulate_dtype(input, weight), zero_uncounted_rows(input, mask)
-    mean, log_std = _project(input, weight, bias, dtype).unbind(1)
-    logits = None if mode_weight is None else _project(input, mode_weight, mode_bias, dtype)
+    mean, log_std = project(input, weight, bias, dtype).unbind(1)
+    logits = None if mode_weight is None else project(input, mode_weight, mode_bias, dtype)
     return nll(mask, dims, mean, log_std, target, logits, bound, per_dim, full)
 
 
@@ -189,32 +177,21 @@ def linear_nll_gradient(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients to input, weight, bias, mode_weight and mode_bias."""
     dtype, input = accumulate_dtype(input, weight), zero_uncounted_rows(input, mask)
-    mean, log_std = _project(input, weight, bias, dtype).unbind(1)
-    logits = None if mode_weight is None else _project(input, mode_weight, mode_bias, dtype)
+    mean, log_std = project(input, weight, bias, dtype).unbind(1)
+    logits = None if mode_weight is None else project(input, mode_weight, mode_bias, dtype)
     settings = (bound, per_dim, full)
     mean_grad, log_std_grad, logits_grad = nll_gradient(
         grad, mask, dims, mean, log_std, target, logits, *settings
     )
     columns_grad = torch.stack((mean_grad, log_std_grad), 1)
-    to_input, to_weight, to_bias = _project_gradient(columns_grad, input, weight, bias)
+    to_input, to_weight, to_bias = project_gradient(columns_grad, input, weight, bias)
     to_mode_weight = to_mode_bias = None
     if mode_weight is not None and logits_grad is not None:
-        more, to_mode_weight, to_mode_bias = _project_gradient(
+        more, to_mode_weight, to_mode_bias = project_gradient(
             logits_grad, input, mode_weight, mode_bias
         )
         to_input = to_input + more
     return to_input.to(input.dtype), to_weight, to_bias, to_mode_weight, to_mode_bias
-
-
-def _project_gradient(
-    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    inputs, weights = _by_input(input.to(grad.dtype), weight.to(grad.dtype))
-    grads = grad.unflatten(-1, (inputs.shape[0], -1))
-    to_input = torch.einsum("n...td,...tdh->tnh", grads, weights).reshape(input.shape)
-    to_weight = torch.einsum("n...td,tnh->...tdh", grads, inputs).reshape(weight.shape)
-    to_bias = None if bias is None else grad.sum(0).to(bias.dtype)
-    return to_input, to_weight.to(weight.dtype), to_bias
 
 
 def linear_nll_saved(mask: Tensor | None, dims: Sequence[int], *args: Any) -> Tensor:

@@ -7,6 +7,7 @@ owner and one order, and rows as well as teachers spread over the chip.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -100,6 +101,76 @@ def accumulate_type(*tensors: Tensor) -> Any:
     """Return the Triton type that losses of these tensors are computed in."""
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
     return tl.float64 if double else tl.float32
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """The four operators of a loss on rows, from what launches its kernel.
+
+    Args:
+        launch: ``launch(coefficient, args, matrix, gradients)``, where None is not wanted.
+        precise: positions of the arguments whose dtypes give the matrix its own.
+        differentiable: positions of the arguments that receive gradients.
+    """
+
+    launch: Callable[..., None]
+    precise: tuple[int, ...]
+    differentiable: tuple[int, ...]
+
+    def kernels(self) -> dict[str, Callable[..., Any]]:
+        """Return the operators by the names of their roles."""
+        return {
+            "forward": self.forward,
+            "backward": self.backward,
+            "value_and_grad": self.value_and_grad,
+            "value_and_grad_out": self.value_and_grad_out,
+        }
+
+    def matrix(self, args: Sequence[Any]) -> Tensor:
+        """Return room for the matrix of losses."""
+        tensors = [args[position] for position in self.precise]
+        double = any(tensor.dtype == torch.float64 for tensor in tensors)
+        dtype = torch.float64 if double else torch.float32
+        return torch.empty(len(tensors[0]), len(args[1]), dtype=dtype, device=tensors[0].device)
+
+    def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """Return the matrix, and an empty tensor: nothing is saved for the backward."""
+        matrix = self.matrix(args)
+        self.launch(None, args, matrix, (None,) * len(self.differentiable))
+        return matrix, args[2].new_empty(0)
+
+    def backward(self, grad: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        """Return the gradients, given the gradient to the matrix."""
+        *args, wanted = args  # type: ignore[assignment]
+        gradients = self._gradients(args, wanted)
+        self.launch(grad, args, None, gradients)
+        return _returned(args, gradients)
+
+    def value_and_grad(self, coefficient: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        """Return the matrix and the gradients, scaled by the coefficient."""
+        *args, wanted = args  # type: ignore[assignment]
+        matrix, gradients = self.matrix(args), self._gradients(args, wanted)
+        self.launch(coefficient, args, matrix, gradients)
+        return (matrix, *_returned(args, gradients))
+
+    def value_and_grad_out(self, coefficient: Tensor, *args: Any) -> Tensor:
+        """Return the matrix; write the gradients into the last arguments."""
+        count = len(self.differentiable)
+        args, outputs = args[:-count], args[-count:]
+        matrix = self.matrix(args)
+        self.launch(coefficient, args, matrix, outputs)
+        return matrix
+
+    def _gradients(self, args: Sequence[Any], wanted: Sequence[bool]) -> list[Tensor | None]:
+        pairs = zip((args[position] for position in self.differentiable), wanted, strict=True)
+        return [
+            torch.empty(x.shape, dtype=x.dtype, device=x.device) if want and x is not None else None
+            for x, want in pairs
+        ]
+
+
+def _returned(args: Sequence[Any], gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    return tuple(args[2].new_empty(0) if grad is None else grad for grad in gradients)
 
 
 @triton.jit

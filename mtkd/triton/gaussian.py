@@ -8,12 +8,12 @@ a tile's rows are few enough that it finds its inputs in the cache.
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    RowLoss,
     accumulate_type,
     as_bytes,
     on_device_of,
@@ -339,57 +339,6 @@ def _launch(
         )
 
 
-def _empty_matrix(args: Sequence[Any]) -> Tensor:
-    _, dims, mean, log_std, *_ = args
-    double = torch.float64 in (mean.dtype, log_std.dtype)
-    dtype = torch.float64 if double else torch.float32
-    return torch.empty(mean.shape[0], len(dims), dtype=dtype, device=mean.device)
-
-
-def _empty_gradients(args: Sequence[Any], wanted: Sequence[bool]) -> list[Tensor | None]:
-    _, _, mean, log_std, _, logits, *_ = args
-    pairs = zip((mean, log_std, logits), wanted, strict=True)
-    return [
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if want and x is not None else None
-        for x, want in pairs
-    ]
-
-
-def _returned(args: Sequence[Any], gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    return tuple(args[2].new_empty(0) if grad is None else grad for grad in gradients)
-
-
-def forward(*args: Any) -> tuple[Tensor, Tensor]:
-    """Return the matrix, and an empty tensor: nothing is saved for the backward."""
-    matrix = _empty_matrix(args)
-    _launch(None, args, matrix, (None, None, None))
-    return matrix, args[2].new_empty(0)
-
-
-def backward(grad: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Return the gradients, given the gradient to the matrix."""
-    *args, wanted = args  # type: ignore[assignment]
-    gradients = _empty_gradients(args, wanted)
-    _launch(grad, args, None, gradients)
-    return _returned(args, gradients)
-
-
-def value_and_grad(coefficient: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Return the matrix and the gradients, scaled by the coefficient."""
-    *args, wanted = args  # type: ignore[assignment]
-    matrix, gradients = _empty_matrix(args), _empty_gradients(args, wanted)
-    _launch(coefficient, args, matrix, gradients)
-    return (matrix, *_returned(args, gradients))
-
-
-def value_and_grad_out(coefficient: Tensor, *args: Any) -> Tensor:
-    """Return the matrix; write the gradients into the last three arguments."""
-    *args, mean_grad, log_std_grad, logits_grad = args  # type: ignore[assignment]
-    matrix = _empty_matrix(args)
-    _launch(coefficient, args, matrix, (mean_grad, log_std_grad, logits_grad))
-    return matrix
-
-
 def with_biases(
     biases: Sequence[Tensor | None], coefficient: Tensor | None, args: Sequence[Any], *outputs: Any
 ) -> Tensor:
@@ -397,17 +346,14 @@ def with_biases(
 
     The gradients go into `outputs`; without a coefficient there are none.
     """
-    matrix = _empty_matrix(args)
+    matrix = _loss.matrix(args)
     if args[5] is None:
         biases = [None if bias is None else bias.unsqueeze(0) for bias in biases]
     _launch(coefficient, args, matrix, outputs, biases)
     return matrix
 
 
-KERNELS = {
-    "with_biases": with_biases,
-    "forward": forward,
-    "backward": backward,
-    "value_and_grad": value_and_grad,
-    "value_and_grad_out": value_and_grad_out,
-}
+_loss = RowLoss(_launch, precise=(2, 3), differentiable=(2, 3, 5))
+forward, backward = _loss.forward, _loss.backward
+value_and_grad, value_and_grad_out = _loss.value_and_grad, _loss.value_and_grad_out
+KERNELS = {"with_biases": with_biases, **_loss.kernels()}

@@ -37,7 +37,7 @@ class Config(NamedTuple):
 
 
 # By what a GPU can hold: two float32 accumulators in registers, `stages` steps in shared memory.
-INTERPRETED = Config(32, 32, 32, 4, 1)
+INTERPRETED = Config(32, 128, 32, 4, 1)
 BY_POINTERS = {"cuda": Config(128, 64, 32, 8, 3), "hip": Config(128, 64, 32, 8, 2)}
 BY_TMA = Config(128, 128, 64, 8, 3, tma=True)
 WIDTHS = (128, 64, 32)  # of blocks
@@ -208,6 +208,7 @@ def _kernel(
     row_block = group * GROUP + (program % (GROUP * blocks)) % height
     block = (program % (GROUP * blocks)) // height
     teacher, begin, end, width = _block_of_columns(table, block, blocks, width, EACH, COLUMNS)
+    teacher = teacher.to(tl.int64)
     mean, log_std = _products(
         x,
         weight,
@@ -301,7 +302,7 @@ def _finish_kernel(
 ):
     """Add up a teacher's blocks, for a tile of rows."""
     program = tl.program_id(0)
-    teacher = program % count
+    teacher = (program % count).to(tl.int64)
     row = (program // count).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     if table is None:
@@ -363,12 +364,16 @@ def _config(x: Tensor, weight: Tensor) -> Config:
     target = triton.runtime.driver.active.get_current_target()
     if target.backend == "cuda" and target.arch >= 90:
         stacked = weight.stride(0) == weight.shape[1] * weight.stride(1)
-        if stacked and all(
-            t.data_ptr() % 16 == 0 and t.stride(-1) == 1 and t.stride(-2) % 8 == 0
-            for t in (x, weight)
-        ):
+        if stacked and _is_described(x) and _is_described(weight):
             return BY_TMA
     return BY_POINTERS[target.backend]
+
+
+def _is_described(x: Tensor) -> bool:
+    """Whether TMA can read a tensor: rows side by side, aligned to 16 bytes."""
+    row = x.stride(-2)
+    aligned = x.data_ptr() % 16 == 0 and row % 8 == 0
+    return aligned and x.stride(-1) == 1 and row >= x.shape[-1]
 
 
 def fits(dims: Sequence[int], input: Tensor, weight: Tensor) -> bool:
