@@ -27,7 +27,7 @@ SOURCES := $(wildcard csrc csrc/* csrc/*/*)
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
-demo: $(VENV)/.extra-demo $(EXTENSION_STAMP) ## Distil eight real teachers into a small student
+demo: $(VENV)/.extra-demo $(EXTENSION_STAMP) ## Distil eleven real teachers into a small student
 	@$(RUN) -m mtkd.demo $(ARGS)
 
 test: interpreted $(VENV)/.extra-test $(EXTENSION_STAMP) ## Run every test; warnings are errors

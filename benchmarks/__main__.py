@@ -173,6 +173,9 @@ def main() -> int:
     """Run what the command line asks for; return the exit code."""
     options = arguments()
     torch.set_num_threads(options.threads)
+    if options.device == "cuda" and not torch.cuda.is_available() and not options.dry_run:
+        print(f"--device cuda: PyTorch {torch.__version__} sees no GPU here", file=sys.stderr)
+        return 2
     if options.docs:
         docs.write()
     elif options.plots:

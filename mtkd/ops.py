@@ -126,6 +126,10 @@ def _gpu_kernel(loss: str, role: str, operator: str) -> tuple[str, Callable[...,
     return ("triton", triton_kernel(loss, role)) if _WITH_TRITON else ("formula", None)
 
 
+if _INTERPRETED and not _WITH_TRITON:
+    raise ImportError("TRITON_INTERPRET=1: expected Triton to be installed; pip install triton")
+
+
 def _serve() -> dict[tuple[str, str], str]:
     """Register the kernels for GPUs; return what serves row losses, by loss and device type."""
     served = {(x.name, "cpu"): "compiled" for x in LOSSES if _has_kernel(f"mtkd::{x.name}", "CPU")}
