@@ -17,6 +17,8 @@ using alignment::kSquare;
 using alignment::Settings;
 using alignment::Sums;
 
+constexpr int64_t kColumns = 2 * kBlock;  // at a time: three arrays of them stay in L1
+
 template <class A>
 MTKD_INLINE void standardise_loop(const A* target, const A* shift, const A* scale, int64_t n,
                                   A* out) {
@@ -184,7 +186,7 @@ template <class A>
 struct Group {
   const Kernel<A>& in;
   const int64_t n, first, teachers, begin, end;
-  alignas(64) A student[kBlock], target[kBlock], gradient[kBlock];
+  alignas(64) A student[kColumns], target[kColumns], gradient[kColumns];
   bool counted[kBlock];
   Sums<A> sums[kBlock];
   Factors<A> factors[kBlock];
@@ -203,17 +205,22 @@ struct Group {
     for (int64_t k = 0; k < teachers; ++k) any |= counted[k] = counts(in.mask, n, first + k);
     if (!any) return zero();
     std::fill(sums, sums + teachers, Sums<A>{});
+    const bool whole = end - begin <= kColumns;  // then a block stays loaded
     const bool sums_first = in.terms & kDirection || !in.grad;
     Segments<A> at;
-    for (int64_t j = begin; sums_first && j < end; j += kBlock) {
+    for (int64_t j = begin; sums_first && j < end; j += kColumns) {
       at = load(j);
       add_sums(in.terms, at);
     }
     if (sums_first) write_losses();
     if (!in.grad) return;
+    if (whole) {  // the memory is idle while a gradient is computed: fetch what comes next
+      in.student.prefetch(n, end, end - begin);
+      in.target.prefetch(n, end, end - begin);
+    }
     find_factors();
-    for (int64_t j = begin; j < end; j += kBlock) {
-      if (!sums_first || end - begin > kBlock) at = load(j);
+    for (int64_t j = begin; j < end; j += kColumns) {
+      if (!sums_first || !whole) at = load(j);
       write_gradients(at, j);
     }
     if (!sums_first) write_losses();
@@ -225,7 +232,7 @@ struct Group {
   }
 
   Segments<A> load(int64_t j) {
-    const int64_t count = std::min(kBlock, end - j);
+    const int64_t count = std::min(kColumns, end - j);
     const A* t = in.target.load(n, 0, j, count, target);
     if (!in.shift.empty()) {
       standardise(t, &in.shift[j], &in.scale[j], count, target);
@@ -265,7 +272,7 @@ struct Group {
   }
 
   void write_gradients(const Segments<A>& at, int64_t j) {
-    const int64_t count = std::min(kBlock, end - j);
+    const int64_t count = std::min(kColumns, end - j);
     A* grad = in.grad.target(n, 0, j, gradient);
     gradients(in.terms, at, factors, grad);
     in.grad.store(n, 0, j, count, grad);
