@@ -53,28 +53,33 @@ MTKD_DEVICE void read(const Parameters<A>& p, const Unit& unit, const Columns& a
 template <bool Directional, bool Gradient, int V, bool Vector, class A>
 MTKD_DEVICE Sums<A> walk(const Parameters<A>& p, const Unit& unit, const Factors<A>& factors) {
   Sums<A> sums = {};
-  unit.each<V, Vector>([&](const Columns& at) {
+  each_step<V, Vector>(unit, [&](const Columns& at) {
     A student[V], target[V], grad[V] = {};
     read<Vector>(p, unit, at, student, target);
-    for (int k = 0; Directional && k < V; ++k) {
-      if constexpr (Gradient) {
+    if constexpr (Directional && Gradient) {
+      for (int k = 0; k < V; ++k)
         grad[k] = factors.target * target[k] + factors.student * student[k];
-      } else {
+    } else if constexpr (Directional) {
+      for (int k = 0; k < V; ++k) {
         sums.student += student[k] * student[k];
         sums.target += target[k] * target[k];
         sums.product += student[k] * target[k];
       }
     }
-    for (int k = 0; p.terms & alignment::kHuber && k < V; ++k) {
-      const A error = student[k] - target[k];
-      const auto h = alignment::huber(std::fabs(error), p.settings.beta, p.settings.inverse_beta);
-      sums.huber += h.value;
-      grad[k] += factors.huber * std::copysign(h.slope, error);
+    if (p.terms & alignment::kHuber) {
+      for (int k = 0; k < V; ++k) {
+        const A error = student[k] - target[k];
+        const auto h = alignment::huber(std::fabs(error), p.settings.beta, p.settings.inverse_beta);
+        sums.huber += h.value;
+        grad[k] += factors.huber * std::copysign(h.slope, error);
+      }
     }
-    for (int k = 0; p.terms & alignment::kSquare && k < V; ++k) {
-      const A error = student[k] - target[k];
-      sums.square += error * error;
-      grad[k] += factors.square * error;
+    if (p.terms & alignment::kSquare) {
+      for (int k = 0; k < V; ++k) {
+        const A error = student[k] - target[k];
+        sums.square += error * error;
+        grad[k] += factors.square * error;
+      }
     }
     if constexpr (Gradient) store<A, V, Vector>(p.grad, unit.row * p.grad.row, at, grad);
   });
@@ -87,8 +92,9 @@ MTKD_DEVICE Sums<A> gradient_walk(const Parameters<A>& p, const Unit& unit, bool
                                   const Factors<A>& factors) {
   if (counted) return walk<Directional, true, V, Vector>(p, unit, factors);
   const A zeros[V] = {};
-  unit.each<V, Vector>(
-      [&](const Columns& at) { store<A, V, Vector>(p.grad, unit.row * p.grad.row, at, zeros); });
+  each_step<V, Vector>(unit, [&](const Columns& at) {
+    store<A, V, Vector>(p.grad, unit.row * p.grad.row, at, zeros);
+  });
   return {};
 }
 
@@ -124,7 +130,7 @@ struct Entry {
 };
 
 template <class A, int V, bool Vector>
-__global__ void __launch_bounds__(kThreads, Vector && sizeof(A) == 4 ? 4 : 2)
+__global__ void __launch_bounds__(kThreads, Vector && sizeof(A) == 4 ? 3 : 2)
     directional(const __grid_constant__ Parameters<A> p) {
   const auto unit = unit_of(p.plan, blockIdx.x, threadIdx.x);
   const Entry<A> entry(p, unit);
@@ -138,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, Vector && sizeof(A) == 4 ? 4 : 2)
 }
 
 template <class A, int V, bool Vector>
-__global__ void __launch_bounds__(kThreads, Vector && sizeof(A) == 4 ? 4 : 2)
+__global__ void __launch_bounds__(kThreads, Vector && sizeof(A) == 4 ? 3 : 2)
     plain(const __grid_constant__ Parameters<A> p) {
   const auto unit = unit_of(p.plan, blockIdx.x, threadIdx.x);
   const Entry<A> entry(p, unit);

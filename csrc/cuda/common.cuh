@@ -206,13 +206,14 @@ struct Unit {
   MTKD_DEVICE Columns first() const {
     return {begin + int64_t{lane} * (Vector ? V : 1), begin + width, Vector ? 1 : lanes};
   }
-  // Calls body(columns) for each step that this lane takes.
-  template <int V, bool Vector, class Body>
-  MTKD_DEVICE void each(const Body& body) const {
-    Columns at = first<V, Vector>();
-    for (; at.first < at.end; at.first += int64_t{lanes} * V) body(at);
-  }
 };
+
+// Calls body(columns) for each step that a lane takes.
+template <int V, bool Vector, class Body>
+MTKD_DEVICE void each_step(const Unit& unit, const Body& body) {
+  auto at = unit.first<V, Vector>();
+  for (; at.first < at.end; at.first += int64_t{unit.lanes} * V) body(at);
+}
 
 // A quotient, most often of numbers below 2^32, whose division is several times cheaper.
 MTKD_DEVICE int64_t divide(int64_t a, int64_t b) {
