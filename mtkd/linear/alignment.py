@@ -9,7 +9,6 @@ from .. import ops
 from .driver import Call, Kernel, Tile, implement
 from .layers import Layer, precision
 
-
 _row_with_bias = ops.triton_kernel("alignment", "with_bias")
 
 
