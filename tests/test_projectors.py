@@ -140,6 +140,24 @@ def test_ladder_is_that_of_plain_teachers(dims, leading, recompute):
     plain.assert_same_gradients()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_small_teachers_take_one_batched_product(bias, monkeypatch):
+    module = moved(Projectors(H, EQUAL, hidden_features=4, depth=2, bias=bias))
+    x = torch.randn(8, H, dtype=torch.float64)
+    tensors, calls = [x.requires_grad_(), *module.parameters()], []
+    results = []
+    for largest in (4 * 8, 5 * 8):  # of 3 products, with 8 rows of 4, 5 and 6 numbers
+        monkeypatch.setattr("mtkd.nn.mlp.LARGEST", largest)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            out = module(x)
+        names = [event.name for event in profiler.events()]
+        calls.append(names.count("aten::baddbmm" if bias else "aten::bmm"))
+        results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    assert calls == [1, 2]
+    for batched, separate in zip(*results, strict=True):
+        torch.testing.assert_close(batched, separate)
+
+
 @pytest.mark.parametrize("dims", [RAGGED, EQUAL], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_recomputing_changes_no_bit(dims, autocast):
