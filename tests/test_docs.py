@@ -25,9 +25,11 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "docs/losses/gaussian.md", "docs/losses/alignment.md"]
-)
+LOSSES = ("gaussian", "alignment")
+WITH_EXAMPLES = ("README.md", "docs/projectors.md", *(f"docs/losses/{x}.md" for x in LOSSES))
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES)
 def test_python_examples_run(page):
     for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL):
         exec(compile(code, page, "exec"), {})
@@ -47,6 +49,9 @@ def test_docstring_examples(name):
         "functional.alignment",
         "functional.linear_alignment",
         "nn.GaussianHeads",
+        "nn.Ladder",
+        "nn.Projectors",
+        "nn.TokenProjectors",
     ],
 )
 def test_public_docstrings_have_every_section(public):
