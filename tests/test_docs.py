@@ -26,7 +26,8 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/losses/gaussian.md", "docs/losses/alignment.md"]
+    "page",
+    ["README.md", *(f"docs/losses/{name}.md" for name in ("gaussian", "alignment", "votes"))],
 )
 def test_python_examples_run(page):
     for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL):
