@@ -13,6 +13,7 @@ import torch
 from .dispatch import Loss, define, implement
 from .reference import alignment as alignment_formulas
 from .reference import gaussian as gaussian_formulas
+from .reference import mixtures as mixtures_formulas
 
 gaussian_nll = define(
     "gaussian_nll",
@@ -57,7 +58,32 @@ linear_alignment = define(
     saved=alignment_formulas.linear_alignment_saved,
 )
 
-LOSSES: tuple[Loss, ...] = (gaussian_nll, linear_gaussian_nll, alignment, linear_alignment)
+mixture_kl = define(
+    "mixture_kl",
+    "Tensor? mask, int[] dims, Tensor student, Tensor[] teacher, Tensor weight, Tensor? counted,"
+    " float temperature, float scale",
+    differentiable=("student", "weight"),
+    formula=mixtures_formulas.mixture_kl,
+    gradient=mixtures_formulas.mixture_kl_gradient,
+)
+
+dirichlet_mixture = define(
+    "dirichlet_mixture",
+    "Tensor? mask, int[] dims, Tensor student, Tensor[] teacher, Tensor weight, Tensor? counted,"
+    " Tensor concentration",
+    differentiable=("student", "weight", "concentration"),
+    formula=mixtures_formulas.dirichlet_mixture,
+    gradient=mixtures_formulas.dirichlet_mixture_gradient,
+)
+
+LOSSES: tuple[Loss, ...] = (
+    gaussian_nll,
+    linear_gaussian_nll,
+    alignment,
+    linear_alignment,
+    mixture_kl,
+    dirichlet_mixture,
+)
 
 # Which kernels serve a row loss on a GPU, "triton" or "compiled": the measured faster of the two,
 # and Triton where nothing has been measured.
