@@ -26,7 +26,14 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/losses/gaussian.md", "docs/losses/alignment.md"]
+    "page",
+    [
+        "README.md",
+        "docs/losses/gaussian.md",
+        "docs/losses/alignment.md",
+        "docs/losses/mixtures.md",
+        "docs/weighting.md",
+    ],
 )
 def test_python_examples_run(page):
     for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL):
@@ -46,6 +53,12 @@ def test_docstring_examples(name):
         "functional.linear_gaussian_nll",
         "functional.alignment",
         "functional.linear_alignment",
+        "functional.mixture_kl",
+        "functional.dirichlet_mixture",
+        "weighting.teacher_dropping",
+        "weighting.confidence_weights",
+        "weighting.gradient_weights",
+        "weighting.top_k_routing",
         "nn.GaussianHeads",
     ],
 )

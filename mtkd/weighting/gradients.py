@@ -57,7 +57,7 @@ def gradient_weights(
     Note:
         "batch" walks over the teachers one at a time and keeps ``(T, C)``; "sample" makes Gram
         matrices ``(*, T, T)``, rows in chunks. The programme is solved by a fixed number of steps in
-        float64 on the device, without a wait of the host: its objective is within 1e-10 of the
+        float64 on the device, without a wait of the host: its objective is within 1e-12 of the
         optimum, relative to the mean square of the gradients. Where several weights are optimal, as
         with equal teachers, it is their analytic centre: equal teachers weigh the same.
 
@@ -99,7 +99,7 @@ def _gram_of_means(
     means = []
     for t, logits in enumerate(teachers):
         here = None if counted is None else counted[:, t : t + 1]
-        means.append(_differences(p, logits, here, temperature).double().sum(0))
+        means.append(_differences(p, logits, here, temperature).sum(0, dtype=torch.float64))
     numbers = torch.full((len(teachers),), len(p), dtype=torch.float64, device=p.device)
     if counted is not None:
         numbers = counted.sum(0).double()

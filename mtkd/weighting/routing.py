@@ -110,7 +110,7 @@ def _chosen(log_g: Tensor, k: int, counted: Tensor) -> Tensor:
 
 def _load_balance(log_g: Tensor, counted: Tensor) -> Tensor:
     """Return KL(U || mean of g), in log space: a gate may leave a teacher without any weight."""
-    log_g, counted = log_g.flatten(0, -2), counted.flatten(0, -2)
+    log_g, counted = (x.reshape(-1, x.shape[-1]) for x in (log_g, counted))
     number = counted.sum(-1, keepdim=True).to(log_g.dtype)
     rows = (number > 0).sum().clamp(min=1).to(log_g.dtype)
     uniform = (counted / number.clamp(min=1.0)).sum(0) / rows
