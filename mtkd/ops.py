@@ -13,6 +13,7 @@ import torch
 from .dispatch import Loss, define, implement
 from .reference import alignment as alignment_formulas
 from .reference import gaussian as gaussian_formulas
+from .reference import mixtures as mixtures_formulas
 from .reference import votes as votes_formulas
 
 gaussian_nll = define(
@@ -68,12 +69,32 @@ majority_vote = define(
     saved=votes_formulas.majority_vote_saved,
 )
 
+mixture_kl = define(
+    "mixture_kl",
+    "Tensor? mask, int[] dims, Tensor student, Tensor[] teacher, Tensor weight, Tensor? counted,"
+    " float temperature, float scale",
+    differentiable=("student", "weight"),
+    formula=mixtures_formulas.mixture_kl,
+    gradient=mixtures_formulas.mixture_kl_gradient,
+)
+
+dirichlet_mixture = define(
+    "dirichlet_mixture",
+    "Tensor? mask, int[] dims, Tensor student, Tensor[] teacher, Tensor weight, Tensor? counted,"
+    " Tensor concentration",
+    differentiable=("student", "weight", "concentration"),
+    formula=mixtures_formulas.dirichlet_mixture,
+    gradient=mixtures_formulas.dirichlet_mixture_gradient,
+)
+
 LOSSES: tuple[Loss, ...] = (
     gaussian_nll,
     linear_gaussian_nll,
     alignment,
     linear_alignment,
     majority_vote,
+    mixture_kl,
+    dirichlet_mixture,
 )
 
 # Which kernels serve a row loss on a GPU, "triton" or "compiled": the measured faster of the two,

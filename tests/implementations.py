@@ -15,6 +15,7 @@ from cases import INTERPRETED
 from mtkd import ops
 from mtkd.dispatch import Loss, as_tuple
 
+FORMULAS_ONLY = {"mixture_kl", "dirichlet_mixture"}  # losses without kernels of their own
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,6 +30,8 @@ class Implementation:
     half_factor: float = 1  # of the 16-bit tolerance, where such losses keep 16-bit operands
 
     def serves(self, loss: Loss) -> bool:
+        if loss.name in FORMULAS_ONLY:
+            return self.name == "formula"
         return self.drivers or not loss.name.startswith("linear_")
 
     def __call__(self, loss: Loss, role: str) -> Callable[..., Any]:

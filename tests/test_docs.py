@@ -25,7 +25,12 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-WITH_EXAMPLES = ["README.md", "docs/projectors.md", *sorted(ROOT.glob("docs/losses/*.md"))]
+WITH_EXAMPLES = [
+    "README.md",
+    "docs/projectors.md",
+    "docs/weighting.md",
+    *sorted(ROOT.glob("docs/losses/*.md")),
+]
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: Path(page).name)
@@ -48,6 +53,12 @@ def test_docstring_examples(name):
         "functional.alignment",
         "functional.linear_alignment",
         "functional.majority_vote",
+        "functional.mixture_kl",
+        "functional.dirichlet_mixture",
+        "weighting.teacher_dropping",
+        "weighting.confidence_weights",
+        "weighting.gradient_weights",
+        "weighting.top_k_routing",
         "nn.GaussianHeads",
         "nn.Ladder",
         "nn.Projectors",

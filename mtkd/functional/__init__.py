@@ -2,6 +2,7 @@
 
 from .alignment import alignment, angle, cosine, linear_alignment, mse, smooth_l1
 from .gaussian import gaussian_nll, linear_gaussian_nll
+from .mixtures import dirichlet_mixture, mixture_kl
 from .shifted import shifted_mse
 from .votes import consensus_labels, disagreement, majority_vote
 
@@ -10,11 +11,13 @@ __all__ = [
     "angle",
     "consensus_labels",
     "cosine",
+    "dirichlet_mixture",
     "disagreement",
     "gaussian_nll",
     "linear_alignment",
     "linear_gaussian_nll",
     "majority_vote",
+    "mixture_kl",
     "mse",
     "shifted_mse",
     "smooth_l1",
