@@ -306,7 +306,8 @@ def _sum_function(loss: Loss) -> Callable[..., Tensor]:
         @staticmethod
         def forward(ctx: Any, coefficient: Tensor, *args: Any) -> Tensor:
             wanted = [ctx.needs_input_grad[1 + position] for position in loss.differentiable]
-            ctx.half = any(_is_half(args[position]) for position in loss.differentiable)
+            pairs = zip(loss.differentiable, wanted, strict=True)
+            ctx.half = any(want and _is_half(args[position]) for position, want in pairs)
             with _below_autograd():
                 if ctx.half:  # gradients stored before the loss scale is known would underflow
                     matrix, *kept = loss.forward(*args)

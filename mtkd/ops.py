@@ -12,6 +12,7 @@ import torch
 
 from .dispatch import Loss, define, implement
 from .reference import alignment as alignment_formulas
+from .reference import divergence as divergence_formulas
 from .reference import gaussian as gaussian_formulas
 
 gaussian_nll = define(
@@ -57,7 +58,23 @@ linear_alignment = define(
     saved=alignment_formulas.linear_alignment_saved,
 )
 
-LOSSES: tuple[Loss, ...] = (gaussian_nll, linear_gaussian_nll, alignment, linear_alignment)
+_DIVERGENCE = "float forward, float reverse, bool mixture, float temperature, float scale"
+
+kl_div = define(
+    "kl_div",
+    f"Tensor? mask, int[] dims, Tensor student, Tensor teacher, {_DIVERGENCE}",
+    differentiable=("student", "teacher"),
+    formula=divergence_formulas.kl_div,
+    gradient=divergence_formulas.kl_div_gradient,
+)
+
+LOSSES: tuple[Loss, ...] = (
+    gaussian_nll,
+    linear_gaussian_nll,
+    alignment,
+    linear_alignment,
+    kl_div,
+)
 
 # Which kernels serve a row loss on a GPU, "triton" or "compiled": the measured faster of the two,
 # and Triton where nothing has been measured.

@@ -169,6 +169,32 @@ def linear_alignment(
     return mask, dims, input, weight, offset, target, *rest, workspace, stash
 
 
+WEIGHTS = {  # of KL(teacher || student) and of KL(student || teacher), and whether they mix
+    "forward": (1.0, 0.0, False),
+    "reverse": (0.0, 1.0, False),
+    "jeffreys": (1.0, 1.0, False),
+    "js": (0.3, 0.7, True),
+}
+
+
+def kl_div(
+    generator: torch.Generator,
+    rows: int,
+    dims: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    divergence: str = "forward",
+    shared: bool = False,
+    masked: bool = False,
+    temperature: float = 1.0,
+) -> Arguments:
+    """Arguments of kl_div; a student of its own for each teacher, or one for all."""
+    width = dims[0] if shared else sum(dims)
+    student, teacher = (_normal(generator, dtype, rows, n) for n in (width, sum(dims)))
+    mask = _mask(generator, rows, len(dims), masked)
+    return mask, dims, student, teacher, *WEIGHTS[divergence], temperature, temperature**2
+
+
 def operators_of(function: Callable[..., Any]) -> Loss:
     """The operators under a public loss, whose import registers drivers as well as kernels."""
     loss: Loss = getattr(ops, function.__name__)
@@ -283,6 +309,25 @@ ALIGNMENT_CASES = (
     ),
     Case("linear-alignment-own", LA, linear_alignment, (40,) * 3, 50, {"own": True, "bias": False}),
 )
-ALL_CASES = (*ALL_CASES, *ALIGNMENT_CASES)
+K = operators_of(F.kl_div)
+DIVERGENCE_CASES = (
+    Case("kl-tiny", K, kl_div, TINY, 5, {"temperature": 2.0}),
+    Case("kl-tiny-reverse", K, kl_div, TINY, 5, {"divergence": "reverse"}),
+    Case("kl-tiny-jeffreys", K, kl_div, TINY, 5, {"divergence": "jeffreys", "masked": True}),
+    Case("kl-tiny-js", K, kl_div, TINY, 5, {"divergence": "js", "temperature": 0.5}),
+    Case("kl-tiny-shared", K, kl_div, (3, 3), 5, {"divergence": "jeffreys", "shared": True}),
+    Case("kl-ragged", K, kl_div, RAGGED, 37, {"masked": True, "temperature": 0.7}),
+    Case("kl-reverse", K, kl_div, RAGGED, 9, {"divergence": "reverse"}),
+    Case("kl-jeffreys", K, kl_div, (3, 2500, 40), 9, {"divergence": "jeffreys"}),
+    Case("kl-js", K, kl_div, RAGGED, 9, {"divergence": "js", "masked": True}),
+    Case("kl-many", K, kl_div, MANY, 33, {"masked": True, "divergence": "jeffreys"}),
+    Case("kl-pairs", K, kl_div, (2,) * 70, 9, {"divergence": "js"}),
+    Case("kl-one", K, kl_div, (5000,), 1),
+    Case("kl-large", K, kl_div, RAGGED, 701, {"masked": True}, large=True),
+    Case("kl-shared", K, kl_div, (1300,) * 3, 9, {"shared": True, "masked": True}),
+    Case("kl-shared-js", K, kl_div, (2500,) * 2, 3, {"shared": True, "divergence": "js"}),
+    Case("kl-shared-many", K, kl_div, (7,) * 200, 9, {"shared": True, "masked": True}),
+)
+ALL_CASES = (*ALL_CASES, *ALIGNMENT_CASES, *DIVERGENCE_CASES)
 CASES = tuple(case for case in ALL_CASES if not (case.large and INTERPRETED))
 TINY_CASES = tuple(case for case in CASES if sum(case.dims) <= 10)
