@@ -66,6 +66,7 @@ kl_div = define(
     differentiable=("student", "teacher"),
     formula=divergence_formulas.kl_div,
     gradient=divergence_formulas.kl_div_gradient,
+    spared=("teacher",),
 )
 
 LOSSES: tuple[Loss, ...] = (
