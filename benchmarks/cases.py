@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-ROWS, FUSED, ALIGNED = LOSSES = "gaussian_nll", "linear_gaussian_nll", "alignment"
+ROWS, FUSED, ALIGNED = "gaussian_nll", "linear_gaussian_nll", "alignment"
+KL, FUSED_KL = "kl_div", "linear_kl_div"
+LOSSES = (ROWS, FUSED, ALIGNED, KL, FUSED_KL)
 # quantities of which little is asked; every other one should be large
 AT_MOST = {"milliseconds": "ms", "extra memory": "MiB", "host time": "us"}
 ERROR_LIMIT = {32: 1e-5, 16: 2.0}  # relative error; for 16 bits, in units of the least possible
@@ -93,6 +95,10 @@ def _aligned(*size: int, baselines: tuple[str, ...] = ("eager", "loop"), **more)
     return Case(ALIGNED, *size, baselines=baselines, **more)
 
 
+def _kl(*size: int, baselines: tuple[str, ...] = ("eager", "loop", "compile"), **more) -> Case:  # type: ignore[no-untyped-def]
+    return Case(KL, *size, baselines=baselines, **more)
+
+
 TEACHERS = (1, 4, 16, 64, 256, 1024)
 COMPILED = ("eager", "loop", "compile")
 GRAPHED = ("eager", "loop", "graph", "gemms")
@@ -127,6 +133,18 @@ CPU = (
         asked={"cold loop": 20, "cold compile": 2.5, "warm loop": 15, "warm compile": 2},
     ),
     *(_aligned(256, t, 64, baselines=COMPILED) for t in TEACHERS if t <= 256),
+    _kl(4096, 4, 1000, asked={"cold compile": 1.8, "warm compile": 1.8}),
+    *(_kl(256, t, 100) for t in TEACHERS),
+    _kl(4096, 256, 4),
+    Case(
+        FUSED_KL,
+        8192,
+        1,
+        21841,
+        1024,
+        baselines=("gemms",),
+        asked={"cold gemms": 1 / 1.15, "cold extra memory": 183, "warm extra memory": 183},
+    ),
     *(_fused(256, t, 64, 256) for t in TEACHERS),
     *(_fused(512, 8, 128, h) for h in (64, 128, 256, 512, 1024)),
 )

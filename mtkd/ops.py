@@ -69,12 +69,24 @@ kl_div = define(
     spared=("teacher",),
 )
 
+linear_kl_div = define(
+    "linear_kl_div",
+    "Tensor? mask, int[] dims, Tensor input, Tensor weight, Tensor? bias, Tensor? teacher,"
+    " Tensor[] features, Tensor[] teacher_weights, Tensor?[] teacher_biases,"
+    f" {_DIVERGENCE}, int workspace, bool stash",
+    differentiable=("input", "weight", "bias"),
+    formula=divergence_formulas.linear_kl_div,
+    gradient=divergence_formulas.linear_kl_div_gradient,
+    saved=divergence_formulas.linear_kl_div_saved,
+)
+
 LOSSES: tuple[Loss, ...] = (
     gaussian_nll,
     linear_gaussian_nll,
     alignment,
     linear_alignment,
     kl_div,
+    linear_kl_div,
 )
 
 # Which kernels serve a row loss on a GPU, "triton" or "compiled": the measured faster of the two,

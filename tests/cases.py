@@ -195,6 +195,40 @@ def kl_div(
     return mask, dims, student, teacher, *WEIGHTS[divergence], temperature, temperature**2
 
 
+def linear_kl_div(
+    generator: torch.Generator,
+    rows: int,
+    dims: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    features: int = 11,
+    bias: bool = True,
+    masked: bool = False,
+    workspace: int = 1 << 20,
+    stash: bool = False,
+    own: bool = False,
+    layers: bool = False,
+    divergence: str = "forward",
+    temperature: float = 1.0,
+) -> Arguments:
+    """Arguments of linear_kl_div; own inputs or a shared one, teachers' logits or their layers."""
+    input = _normal(generator, dtype, *(len(dims),) * own, rows, features)
+    weight = _normal(generator, dtype, sum(dims), features, scale=0.3)
+    offset = _normal(generator, dtype, sum(dims), scale=0.3) if bias else None
+    if layers:
+        widths = [5 + teacher for teacher in range(len(dims))]
+        stored = [_normal(generator, dtype, rows, width) for width in widths]
+        pairs = list(zip(dims, widths, strict=True))
+        heads = [_normal(generator, dtype, *pair, scale=0.3) for pair in pairs]
+        biases = [_normal(generator, dtype, n) if n % 2 else None for n in dims]
+        teacher = (None, stored, heads, biases)
+    else:
+        teacher = (_normal(generator, dtype, rows, sum(dims)), [], [], [])
+    mask = _mask(generator, rows, len(dims), masked)
+    settings = (*WEIGHTS[divergence], temperature, temperature**2)
+    return mask, dims, input, weight, offset, *teacher, *settings, workspace, stash
+
+
 def operators_of(function: Callable[..., Any]) -> Loss:
     """The operators under a public loss, whose import registers drivers as well as kernels."""
     loss: Loss = getattr(ops, function.__name__)
@@ -309,7 +343,7 @@ ALIGNMENT_CASES = (
     ),
     Case("linear-alignment-own", LA, linear_alignment, (40,) * 3, 50, {"own": True, "bias": False}),
 )
-K = operators_of(F.kl_div)
+K, LK = operators_of(F.kl_div), operators_of(F.linear_kl_div)
 DIVERGENCE_CASES = (
     Case("kl-tiny", K, kl_div, TINY, 5, {"temperature": 2.0}),
     Case("kl-tiny-reverse", K, kl_div, TINY, 5, {"divergence": "reverse"}),
@@ -327,6 +361,18 @@ DIVERGENCE_CASES = (
     Case("kl-shared", K, kl_div, (1300,) * 3, 9, {"shared": True, "masked": True}),
     Case("kl-shared-js", K, kl_div, (2500,) * 2, 3, {"shared": True, "divergence": "js"}),
     Case("kl-shared-many", K, kl_div, (7,) * 200, 9, {"shared": True, "masked": True}),
+    Case("linear-kl-tiny", LK, linear_kl_div, TINY, 5, {"divergence": "jeffreys"}),
+    Case("linear-kl-stash", LK, linear_kl_div, (4, 70), 9, {"stash": True, "divergence": "js"}),
+    Case("linear-kl-layers", LK, linear_kl_div, TINY, 6, {"layers": True, "masked": True}),
+    Case(
+        "linear-kl-ragged",
+        LK,
+        linear_kl_div,
+        RAGGED,
+        30,
+        {"masked": True, "temperature": 2.0, "workspace": 50_000, "layers": True},
+    ),
+    Case("linear-kl-own", LK, linear_kl_div, (40,) * 3, 50, {"own": True, "bias": False}),
 )
 ALL_CASES = (*ALL_CASES, *ALIGNMENT_CASES, *DIVERGENCE_CASES)
 CASES = tuple(case for case in ALL_CASES if not (case.large and INTERPRETED))

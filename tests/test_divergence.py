@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as TF
 
 import mtkd.functional as F
+from mtkd import linear
 from mtkd.testing import assert_close
 
 DOUBLE, INF = torch.float64, float("inf")
@@ -264,6 +265,64 @@ def test_strided_and_expanded_logits(dtype):
         assert_close(*pairs, dtype)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("layers", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fused_heads_equal_the_heads_and_the_loss(kind, layers, reduction):
+    torch.manual_seed(0)
+    x, heads, bias = (
+        torch.randn(shape, dtype=DOUBLE, requires_grad=True) for shape in ((2, 3, 9), (C, 9), C)
+    )
+    teacher = torch.randn(2, 3, C, dtype=DOUBLE)
+    if layers:  # of the first teacher with a bias
+        given = [
+            (torch.randn(2, 3, 5, dtype=DOUBLE), torch.randn(n, 5, dtype=DOUBLE)) for n in DIMS
+        ]
+        given[0] = (*given[0], torch.randn(DIMS[0], dtype=DOUBLE))
+        teacher = torch.cat([TF.linear(*layer) for layer in given], -1)
+    options = {"mask": torch.rand(2, 3, 3) > 0.3, "divergence": kind, "reduction": reduction}
+    plain = F.kl_div(TF.linear(x, heads, bias), teacher, DIMS, **options)
+    leaves = (x, heads, bias)
+    expected = torch.autograd.grad(plain.sum(), leaves)
+    for workspace in (1 << 28, 20_000):
+        with linear.workspace(workspace):
+            taught = (given,) if layers else (teacher, DIMS)
+            fused = F.linear_kl_div(x, heads, *taught, linear_bias=bias, **options)
+            assert_close(fused, plain, DOUBLE)
+            gradients = torch.autograd.grad(fused.sum(), leaves)
+        for got, want in zip(gradients, expected, strict=True):
+            assert_close(got, want, DOUBLE)
+
+
+def test_inputs_of_their_own_and_layers_beside_logits():
+    torch.manual_seed(0)
+    xs = [torch.randn(4, n, dtype=DOUBLE) for n in (5, 6)]
+    heads = [torch.randn(n, k, dtype=DOUBLE, requires_grad=True) for n, k in ((7, 5), (3, 6))]
+    logits, layer = torch.randn(4, 7, dtype=DOUBLE), torch.randn(3, 8, dtype=DOUBLE)
+    features = torch.randn(4, 8, dtype=DOUBLE)
+    got = F.linear_kl_div(xs, heads, [logits, (features, layer)], reduction="none")
+    students = [x @ head.T for x, head in zip(xs, heads, strict=True)]
+    want = F.kl_div(students, [logits, features @ layer.T], reduction="none")
+    assert_close(got, want, DOUBLE)
+    pairs = zip(*(torch.autograd.grad(x.sum(), heads) for x in (got, want)), strict=True)
+    for one, other in pairs:
+        assert_close(one, other, DOUBLE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_students_layers_decide_the_precision(dtype):
+    torch.manual_seed(0)
+    x, head = torch.randn(4, 6).to(dtype), torch.randn(5, 6).to(dtype).requires_grad_()
+    teacher = torch.randn(4, 5, dtype=DOUBLE)
+    layers = [(teacher, torch.eye(5, dtype=DOUBLE))]
+    for given in (teacher, layers):
+        loss = F.linear_kl_div(x, head, given)
+        assert loss.dtype == torch.float32
+        want = F.kl_div(x.double() @ head.detach().double().T, teacher)
+        assert_close(loss, want, torch.float32)
+        loss.backward()
+
+
 Z = torch.zeros
 
 
@@ -292,6 +351,32 @@ Z = torch.zeros
         (lambda: F.kl_div(Z(4, 8).int(), Z(4, 8)), TypeError, "student: .*torch.int32"),
         (lambda: F.kl_div(Z(4, 0), Z(4, 0)), ValueError, "dims: expected a positive width"),
         (lambda: F.kl_div(Z(4, 8), Z(4, 0, 8)), ValueError, "dims: expected a positive width"),
+        (lambda: F.linear_kl_div(Z(4, 6), Z(8), Z(4, 8)), ValueError, r"linear_weight: .*\(C, H"),
+        (
+            lambda: F.linear_kl_div(Z(4, 6), Z(8, 6), Z(4, 8, requires_grad=True)),
+            ValueError,
+            "teacher: .*not require grad",
+        ),
+        (
+            lambda: F.linear_kl_div(Z(4, 6), Z(8, 6), [Z(4, 8)]),
+            TypeError,
+            r"teacher\[0\]: expected \(features, weight\).*got Tensor",
+        ),
+        (
+            lambda: F.linear_kl_div(Z(4, 6), Z(8, 6), [(Z(4, 2), Z(8, 3))]),
+            ValueError,
+            r"teacher\[0\]\[1\]: expected shape \(C, 2\), got shape \(8, 3\)",
+        ),
+        (
+            lambda: F.linear_kl_div(Z(4, 6), Z(8, 6), [(Z(4, 2), Z(7, 2))]),
+            ValueError,
+            r"dims: .*sum to the 8 columns of linear_weight, got \(7,\)",
+        ),
+        (
+            lambda: F.linear_kl_div(Z(4, 6), Z(8, 6), [(Z(4, 2), Z(8, 2))], (3, 5)),
+            ValueError,
+            r"dims: expected \(8,\) like teacher, got \(3, 5\)",
+        ),
     ],
 )
 def test_one_clear_error(call, error, message):

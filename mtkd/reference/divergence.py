@@ -28,7 +28,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .columns import accumulate_dtype, expand_columns, segment_max, segment_sum
+from .columns import (
+    accumulate_dtype,
+    expand_columns,
+    segment_max,
+    segment_sum,
+    zero_uncounted_rows,
+)
+from .layers import project, project_gradient
 
 INF = float("inf")
 
@@ -179,3 +186,65 @@ def kl_div_gradient(
 
 def _to_own(side: _Side, term: _Term, dims: Sequence[int]) -> Tensor:
     return side.p * (term.x - expand_columns(term.value, dims))
+
+
+def linear_kl_div(
+    mask: Tensor | None,
+    dims: Sequence[int],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    """Return `kl_div` of ``student = input @ weight.T + bias``.
+
+    Shapes: input ``(N, H)``, or ``(T, N, H)`` for teachers of equally many classes with inputs of
+    their own; weight ``(D, H)``, bias ``(D,)``. The teacher's logits are given, or for each teacher
+    features, a weight and a bias or None, which make them. The last two arguments steer kernels
+    only.
+    """
+    student, teacher, settings = _linear_sides(mask, input, weight, bias, *rest)
+    return kl_div(mask, dims, student, teacher, *settings)
+
+
+def _linear_sides(
+    mask: Tensor | None,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Tensor | None,
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *rest: Any,
+) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    dtype = accumulate_dtype(input, weight)
+    student = project(zero_uncounted_rows(input, mask), weight, bias, dtype)
+    if teacher is None:
+        layers = zip(features, weights, biases, strict=True)
+        teacher = torch.cat([project(*layer, dtype) for layer in layers], -1)
+    return student, teacher.to(dtype), rest[:-2]
+
+
+def linear_kl_div_gradient(
+    grad: Tensor,
+    mask: Tensor | None,
+    dims: Sequence[int],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients to input, weight and bias."""
+    student, teacher, settings = _linear_sides(mask, input, weight, bias, *rest)
+    student_grad, _ = kl_div_gradient(grad, mask, dims, student, teacher, *settings)
+    input = zero_uncounted_rows(input, mask)
+    to_input, to_weight, to_bias = project_gradient(student_grad, input, weight, bias)
+    return to_input.to(input.dtype), to_weight, to_bias
+
+
+def linear_kl_div_saved(mask: Tensor | None, dims: Sequence[int], *args: Any) -> Tensor:
+    """Return an empty tensor of the size of the stashed gradient of the projection."""
+    input, weight, *_ = args
+    size = input.shape[-2] * weight.shape[0] if args[-1] else 0
+    return torch.empty(size, dtype=accumulate_dtype(input, weight), device=input.device)
