@@ -12,6 +12,8 @@ from ..packing import offsets
 from .driver import Call, Kernel, Tile, implement
 from .layers import Layer, precision
 
+_row_with_bias = ops.triton_kernel("kl_div", "with_bias")
+
 
 class _Logits:
     """The logits of teachers given as features and a layer each, made for a tile when it asks.
@@ -48,19 +50,26 @@ def _layer(weight: Tensor, bias: Tensor | None, x: Tensor) -> Layer:
 
 
 def _rows(layer: Layer, settings: Sequence[Any]) -> Kernel:
-    """Return the kernel of two steps: a GEMM, then the operator on rows."""
+    """Return the kernel of two steps: a GEMM, then the operator on rows.
+
+    Triton's adds the bias as well, which would cost the GEMM a pass to write and one to read.
+    """
     row = ops.kl_div
 
     def run(tile: Tile) -> tuple[Tensor, None]:
         assert tile.z is not None
-        layer.project(tile.x, tile.columns, tile.z)
+        on_triton = ops.has_triton(tile.x)
+        layer.project(tile.x, tile.columns, tile.z, with_bias=not on_triton)
         student, teacher = tile.z[:, 0], tile.target
         if teacher.dtype.itemsize > student.dtype.itemsize:  # the student decides the precision
             teacher = teacher.to(student.dtype)
         arguments = (tile.mask, tile.dims, student, teacher, *settings)
-        if tile.coefficient is None or tile.grad is None:
+        output = None if tile.grad is None else tile.grad[:, 0]
+        if on_triton:
+            bias = None if layer.bias is None else layer.bias[0, tile.columns]
+            return _row_with_bias(bias, tile.coefficient, arguments, output), None
+        if tile.coefficient is None or output is None:
             return row.forward(*arguments)[0], None
-        output = tile.grad[:, 0]
         return row.value_and_grad_out(tile.coefficient, *arguments, output, None), None
 
     return run
