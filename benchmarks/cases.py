@@ -8,12 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-ROWS, FUSED, ALIGNED, VOTES = LOSSES = (
-    "gaussian_nll",
-    "linear_gaussian_nll",
-    "alignment",
-    "majority_vote",
-)
+ROWS, FUSED, ALIGNED = "gaussian_nll", "linear_gaussian_nll", "alignment"
+VOTES, KL, FUSED_KL = "majority_vote", "kl_div", "linear_kl_div"
+LOSSES = (ROWS, FUSED, ALIGNED, VOTES, KL, FUSED_KL)
 # quantities of which little is asked; every other one should be large
 AT_MOST = {"milliseconds": "ms", "extra memory": "MiB", "host time": "us"}
 ERROR_LIMIT = {32: 1e-5, 16: 2.0}  # relative error; for 16 bits, in units of the least possible
@@ -109,6 +106,10 @@ def _voted(
     return Case(VOTES, *size, vote=vote, baselines=(*baselines, "read"), **more)
 
 
+def _kl(*size: int, baselines: tuple[str, ...] = ("eager", "loop", "compile"), **more) -> Case:  # type: ignore[no-untyped-def]
+    return Case(KL, *size, baselines=baselines, **more)
+
+
 TEACHERS = (1, 4, 16, 64, 256, 1024)
 COMPILED = ("eager", "loop", "compile")
 GRAPHED = ("eager", "loop", "graph", "gemms")
@@ -169,6 +170,18 @@ CPU = (
         _voted(256, t, 100, vote=vote, baselines=("eager", "loop"))
         for vote in ("each", "soft")
         for t in TEACHERS
+    ),
+    _kl(4096, 4, 1000, asked={"cold compile": 1.8, "warm compile": 1.8}),
+    *(_kl(256, t, 100) for t in TEACHERS),
+    _kl(4096, 256, 4),
+    Case(
+        FUSED_KL,
+        8192,
+        1,
+        21841,
+        1024,
+        baselines=("gemms",),
+        asked={"cold gemms": 1 / 1.15, "cold extra memory": 183, "warm extra memory": 183},
     ),
     *(_fused(256, t, 64, 256) for t in TEACHERS),
     *(_fused(512, 8, 128, h) for h in (64, 128, 256, 512, 1024)),

@@ -180,17 +180,8 @@ class Fused(Problem):
         return self.together(losses)
 
     def gemms(self) -> Any:
-        """The three matrix products of the layer, into buffers that are reused."""
-        x, weight = self.x.detach(), self.weight.detach().flatten(0, -2)
-        z = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-        to_x, to_weight = torch.empty_like(x), torch.empty_like(weight)
-
-        def products() -> None:
-            torch.mm(x, weight.T, out=z)
-            torch.mm(z, weight, out=to_x)
-            torch.mm(z.T, x, out=to_weight)
-
-        return products
+        """The three matrix products of the layer."""
+        return self.products(self.x, self.weight)
 
     def temporaries(self) -> int:
         return 8 * self.case.rows * self.weight[..., 0].numel() * self.x.element_size()

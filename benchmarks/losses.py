@@ -1,7 +1,7 @@
 """Which inputs and formulas belong to which loss."""
 
-from . import alignment, gaussian, votes
-from .cases import ALIGNED, FUSED, ROWS, VOTES, Case
+from . import alignment, divergence, gaussian, votes
+from .cases import ALIGNED, FUSED, FUSED_KL, KL, ROWS, VOTES, Case
 from .problem import Draw, Problem
 
 PROBLEMS: dict[str, type[Problem]] = {
@@ -9,6 +9,8 @@ PROBLEMS: dict[str, type[Problem]] = {
     FUSED: gaussian.Fused,
     ALIGNED: alignment.Rows,
     VOTES: votes.Rows,
+    KL: divergence.Rows,
+    FUSED_KL: divergence.Fused,
 }
 
 

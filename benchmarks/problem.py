@@ -49,6 +49,20 @@ class Problem:
         """Teacher after teacher, as training scripts write it."""
         raise NotImplementedError
 
+    @staticmethod
+    def products(x: Tensor, weight: Tensor) -> Any:
+        """The three matrix products of a layer, into buffers that are reused."""
+        x, weight = x.detach(), weight.detach().flatten(0, -2)
+        z = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
+        to_x, to_weight = torch.empty_like(x), torch.empty_like(weight)
+
+        def run() -> None:
+            torch.mm(x, weight.T, out=z)
+            torch.mm(z, weight, out=to_x)
+            torch.mm(z.T, x, out=to_weight)
+
+        return run
+
     def temporaries(self) -> int:
         """About how many bytes the formulas need beside their inputs."""
         raise NotImplementedError

@@ -86,9 +86,11 @@ MTKD_INLINE To bit_cast(From from) {
 #if defined(__CUDACC__)
 MTKD_INLINE float exponential(float x) { return expf(x); }
 MTKD_INLINE float exponential_within(float x) { return expf(x); }
+MTKD_INLINE float exponential_or_zero(float x) { return expf(x); }
 #else
-// exp for vector loops, of x between -86.625 and 88.75: x = k log 2 + r, a minimax polynomial for
-// 2 exp(r), and 2^(k-1) made of the rounding's low bits. Within 2 ulp, NaN stays NaN.
+// exp for vector loops, of x between -87.34 and 88.75: x = k log 2 + r, a minimax polynomial for
+// 2 exp(r), and 2^(k-1) made of the rounding's low bits; 0 where x rounds to k = -126. Within 2 ulp
+// where the result is a normal number, NaN stays NaN.
 MTKD_INLINE float exponential_within(float x) {
   constexpr float kRound = 12582912.0f + 126.0f;  // 1.5 * 2^23 rounds to an integer; 126 biases it
   const float shifted = x * 1.44269504f + kRound;
@@ -103,15 +105,46 @@ MTKD_INLINE float exponential_within(float x) {
   p = p * r + 2.0f;
   return p * bit_cast<float>(bit_cast<uint32_t>(shifted) << 23);
 }
+
 // Of any x: overflow gives inf, results under 2e-38 are clamped there.
 MTKD_INLINE float exponential(float x) {
   x = 88.75f < x ? 88.75f : x;
   x = -86.625f > x ? -86.625f : x;
   return exponential_within(x);
 }
+
+// Likewise of x <= 0, and 0 in place of results under 2e-38.
+MTKD_INLINE float exponential_or_zero(float x) {
+  return exponential_within(-87.34f > x ? -87.34f : x);
+}
 #endif
 MTKD_INLINE double exponential(double x) { return exp(x); }
 MTKD_INLINE double exponential_within(double x) { return exp(x); }
+MTKD_INLINE double exponential_or_zero(double x) { return exp(x); }
+
+#if defined(__CUDACC__)
+MTKD_INLINE float logarithm(float x) { return logf(x); }
+#else
+// log for vector loops: x = 2^k (1 + f) with f from sqrt(1/2) - 1 to sqrt(2) - 1, a minimax
+// polynomial for (log(1 + f) - f + f^2 / 2) / f^3. Within 2 ulp for normal numbers x > 0; what is
+// not is taken for some number of their size.
+MTKD_INLINE float logarithm(float x) {
+  const int32_t bits = bit_cast<int32_t>(x);
+  const int32_t exponent = (bits - 0x3F3504F3) >> 23;
+  const float f = bit_cast<float>(bits - (exponent << 23)) - 1.0f, k = static_cast<float>(exponent);
+  float p = -7.634496528e-2f;
+  p = p * f + 1.276157704e-1f;
+  p = p * f - 1.316018240e-1f;
+  p = p * f + 1.420175800e-1f;
+  p = p * f - 1.662335734e-1f;
+  p = p * f + 2.000122688e-1f;
+  p = p * f - 2.500082103e-1f;
+  p = p * f + 3.333333171e-1f;
+  const float square = f * f, low = p * (f * square) - 2.12194440e-4f * k;
+  return (f + (low - 0.5f * square)) + 0.693359375f * k;
+}
+#endif
+MTKD_INLINE double logarithm(double x) { return log(x); }
 
 // Of a number from 1 to 2, within 2 ulp. A GPU's division has a branch for all others.
 MTKD_INLINE float reciprocal(float x) {

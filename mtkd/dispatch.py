@@ -177,6 +177,7 @@ def define(
     formula: Callable[..., Tensor],
     gradient: Callable[..., Gradients],
     saved: Callable[..., Tensor] | None = None,
+    spared: Sequence[str] = (),
 ) -> Loss:
     """Define a loss's operators.
 
@@ -189,13 +190,15 @@ def define(
             one entry a differentiable argument (None where that argument is None).
         saved: ``saved(*arguments)`` makes an empty tensor of the shape and dtype of what kernels
             save for their backward; nothing is saved when it is not given.
+        spared: names of the differentiable arguments whose gradients need not be given room in
+            ``<name>_value_and_grad_out``, beside those of arguments that may be None.
 
     Returns:
         The operators, to be called with positional arguments.
     """
     names = tuple(argument.split()[-1] for argument in arguments.split(", "))
     positions = tuple(names.index(argument) for argument in differentiable)
-    _define_schemas(name, arguments, differentiable)
+    _define_schemas(name, arguments, differentiable, spared)
 
     def nothing(*args: Any) -> Tensor:
         return args[positions[0]].new_empty(0)  # type: ignore[no-any-return]
@@ -210,11 +213,13 @@ def define(
     return loss
 
 
-def _define_schemas(name: str, arguments: str, differentiable: Sequence[str]) -> None:
+def _define_schemas(
+    name: str, arguments: str, differentiable: Sequence[str], spared: Sequence[str]
+) -> None:
     gradients = ", ".join(["Tensor"] * len(differentiable))
     outputs = []
     for alias, argument in zip("abcdefgh", differentiable, strict=False):
-        optional = "?" if f"Tensor? {argument}," in arguments else ""
+        optional = "?" if argument in spared or f"Tensor? {argument}," in arguments else ""
         outputs.append(f"Tensor({alias}!){optional} {argument}_grad")
     for schema in (
         f"{name}({arguments}) -> (Tensor, Tensor)",
@@ -306,7 +311,8 @@ def _sum_function(loss: Loss) -> Callable[..., Tensor]:
         @staticmethod
         def forward(ctx: Any, coefficient: Tensor, *args: Any) -> Tensor:
             wanted = [ctx.needs_input_grad[1 + position] for position in loss.differentiable]
-            ctx.half = any(_is_half(args[position]) for position in loss.differentiable)
+            pairs = zip(loss.differentiable, wanted, strict=True)
+            ctx.half = any(want and _is_half(args[position]) for position, want in pairs)
             with _below_autograd():
                 if ctx.half:  # gradients stored before the loss scale is known would underflow
                     matrix, *kept = loss.forward(*args)

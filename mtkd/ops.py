@@ -12,6 +12,7 @@ import torch
 
 from .dispatch import Loss, define, implement
 from .reference import alignment as alignment_formulas
+from .reference import divergence as divergence_formulas
 from .reference import gaussian as gaussian_formulas
 from .reference import mixtures as mixtures_formulas
 from .reference import votes as votes_formulas
@@ -87,6 +88,28 @@ dirichlet_mixture = define(
     gradient=mixtures_formulas.dirichlet_mixture_gradient,
 )
 
+_DIVERGENCE = "float forward, float reverse, bool mixture, float temperature, float scale"
+
+kl_div = define(
+    "kl_div",
+    f"Tensor? mask, int[] dims, Tensor student, Tensor teacher, {_DIVERGENCE}",
+    differentiable=("student", "teacher"),
+    formula=divergence_formulas.kl_div,
+    gradient=divergence_formulas.kl_div_gradient,
+    spared=("teacher",),
+)
+
+linear_kl_div = define(
+    "linear_kl_div",
+    "Tensor? mask, int[] dims, Tensor input, Tensor weight, Tensor? bias, Tensor? teacher,"
+    " Tensor[] features, Tensor[] teacher_weights, Tensor?[] teacher_biases,"
+    f" {_DIVERGENCE}, int workspace, bool stash",
+    differentiable=("input", "weight", "bias"),
+    formula=divergence_formulas.linear_kl_div,
+    gradient=divergence_formulas.linear_kl_div_gradient,
+    saved=divergence_formulas.linear_kl_div_saved,
+)
+
 LOSSES: tuple[Loss, ...] = (
     gaussian_nll,
     linear_gaussian_nll,
@@ -95,16 +118,19 @@ LOSSES: tuple[Loss, ...] = (
     majority_vote,
     mixture_kl,
     dirichlet_mixture,
+    kl_div,
+    linear_kl_div,
 )
 
 # Which kernels serve a row loss on a GPU, "triton" or "compiled": the measured faster of the two,
 # and Triton where nothing has been measured.
-ON_GPU = {"gaussian_nll": "triton", "alignment": "triton"}
+ON_GPU = {"gaussian_nll": "triton", "alignment": "triton", "kl_div": "triton"}
 
 _FAMILIES = {  # files of mtkd/triton
     "gaussian_nll": "gaussian",
     "linear_gaussian_nll": "linear_gaussian",
     "alignment": "alignment",
+    "kl_div": "divergence",
     "scale_": "common",
 }
 _WITH_TRITON = find_spec("triton") is not None

@@ -117,19 +117,29 @@ inline void write_zeros(const View& view, int64_t n, int64_t m, int64_t begin, i
 // successive ones of few columns that together fit a block.
 std::vector<int64_t> group_short(const std::vector<int64_t>& offsets);
 
-// body(n, g) for every row and group of teachers, spread over threads by the work in them.
+// body(begin, end) for consecutive units that together are all, spread over threads by the work in
+// them.
+template <class Body>
+void for_each_range(int64_t units, int64_t unit_work, const Body& body) {
+  if (units == 0) return;
+  constexpr int64_t kThreadWork = 16384;  // numbers below which another thread does not pay
+  const int64_t grain = std::max<int64_t>(1, kThreadWork / std::max<int64_t>(1, unit_work));
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    body(begin, end);
+    stream_fence();
+  });
+}
+
+// body(n, g) for every row and group of teachers.
 template <class Body>
 void for_each_row_and_group(int64_t rows, int64_t groups, int64_t row_work, const Body& body) {
-  if (rows * groups == 0) return;
-  constexpr int64_t kThreadWork = 16384;  // numbers below which another thread does not pay
-  const int64_t grain = std::max<int64_t>(1, kThreadWork / std::max<int64_t>(1, row_work / groups));
-  torch::stable::parallel_for(0, rows * groups, grain, [&](int64_t begin, int64_t end) {
+  if (groups == 0) return;
+  for_each_range(rows * groups, row_work / groups, [&](int64_t begin, int64_t end) {
     int64_t n = begin / groups, g = begin % groups;
     for (int64_t i = begin; i < end; ++i) {
       body(n, g);
       if (++g == groups) g = 0, ++n;
     }
-    stream_fence();
   });
 }
 

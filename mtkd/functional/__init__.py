@@ -1,6 +1,7 @@
 """Losses of many teachers as functions: check, pack, call the operator, reduce."""
 
 from .alignment import alignment, angle, cosine, linear_alignment, mse, smooth_l1
+from .divergence import kl_div, linear_kl_div
 from .gaussian import gaussian_nll, linear_gaussian_nll
 from .mixtures import dirichlet_mixture, mixture_kl
 from .shifted import shifted_mse
@@ -14,8 +15,10 @@ __all__ = [
     "dirichlet_mixture",
     "disagreement",
     "gaussian_nll",
+    "kl_div",
     "linear_alignment",
     "linear_gaussian_nll",
+    "linear_kl_div",
     "majority_vote",
     "mixture_kl",
     "mse",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import linear, ops
 from ..packing import join_small, stack_equal
-from ..reduction import Weight, needs_matrix, reduce
+from ..reduction import Weight, reduce
 from ..reference.columns import accumulate_dtype
 from .checks import (
     Group,
@@ -20,7 +20,7 @@ from .checks import (
     group_teachers,
     is_sequence,
 )
-from .layers import autocast, input_leading
+from .layers import autocast, input_leading, keeps_stash
 
 Tensors = Tensor | Sequence[Tensor]
 
@@ -285,10 +285,8 @@ def linear_alignment(
     leading = input_leading(groups[0])
     calls = [_linear_arguments(group, leading) for group in groups]
     calls = list(stack_equal(calls, columns=(-2, -1, -1, -1, -1, -1)))
-    trained = any(isinstance(x, Tensor) and x.requires_grad for call in calls for x in call)
     width = sum(call[2].shape[0] for call in calls)
-    stash = needs_matrix(weight, reduction) and torch.is_grad_enabled() and trained
-    stash = stash and linear.stash_fits(leading.numel(), width)
+    stash = keeps_stash(calls, leading.numel(), width, weight, reduction)
     budget = linear.workspace_size()
     return reduce(
         ops.linear_alignment,

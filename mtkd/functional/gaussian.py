@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import linear, ops
 from ..packing import join_small, stack_equal
-from ..reduction import Weight, needs_matrix, reduce, split_columns
+from ..reduction import Weight, reduce, split_columns
 from ..reference.columns import accumulate_dtype
 from .checks import (
     Group,
@@ -19,7 +19,7 @@ from .checks import (
     check_tensor,
     group_teachers,
 )
-from .layers import autocast, input_leading
+from .layers import autocast, input_leading, keeps_stash
 
 ROW_NAMES = ("mean", "log_std", "target")
 Tensors = Tensor | Sequence[Tensor]
@@ -268,9 +268,8 @@ def linear_gaussian_nll(
     leading = input_leading(groups[0])
     calls = [_linear_arguments(group, leading) for group in groups]
     calls = list(stack_equal(calls, columns=(-2, -1, -2, -1, -1)))
-    trained = any(isinstance(x, Tensor) and x.requires_grad for call in calls for x in call)
-    stash = needs_matrix(weight, reduction) and torch.is_grad_enabled() and trained
-    stash = stash and linear.stash_fits(leading.numel(), sum(map(_projected, calls)))
+    width = sum(map(_projected, calls))
+    stash = keeps_stash(calls, leading.numel(), width, weight, reduction)
     budget = linear.workspace_size()
     return reduce(
         ops.linear_gaussian_nll,

@@ -1,8 +1,13 @@
-"""What losses fused with a linear layer check and cast alike."""
+"""What losses fused with a linear layer check, cast and decide alike."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import linear
+from ..reduction import Weight, needs_matrix
 from .checks import Group, check_tensor
 
 
@@ -24,3 +29,13 @@ def autocast(operand: Tensor | None) -> Tensor | None:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return operand
     return operand.to(torch.get_autocast_dtype(kind))
+
+
+def keeps_stash(
+    calls: Sequence[Sequence[Any]], rows: int, width: int, weight: Weight, reduction: str
+) -> bool:
+    """Whether calls keep unit gradients, `width` numbers a row, for a matrix that is trained."""
+    if not (needs_matrix(weight, reduction) and torch.is_grad_enabled()):
+        return False
+    trained = any(isinstance(x, Tensor) and x.requires_grad for call in calls for x in call)
+    return trained and linear.stash_fits(rows, width)

@@ -67,4 +67,5 @@ def stash_fits(rows: int, width: int) -> bool:
 
 
 from . import alignment as alignment  # noqa: E402  registers its operators
+from . import divergence as divergence  # noqa: E402
 from . import gaussian as gaussian  # noqa: E402

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,13 @@ Kernel = Callable[[Tile], tuple[Tensor, Tensor | None]]
 Buffer = Callable[[slice, slice], Tensor | None]
 
 
+class Columns(Protocol):
+    """What the tiles' targets are taken from: a tensor, or what makes them when they are wanted."""
+
+    def __getitem__(self, at: tuple[slice, slice], /) -> Tensor:
+        """Return some rows of some columns."""
+
+
 @dataclass
 class Call:
     """One call of a ``linear_*`` operator: its layers, its tiles and the kernel of a tile."""
@@ -43,10 +50,11 @@ class Call:
     input: Tensor
     columns: Layer
     teachers: Layer | None
-    target: Tensor
+    target: Columns
     workspace: int
     kernel: Kernel
     makes_projection: bool = False  # in registers: it needs no memory, but that of partial sums
+    makes_target: bool = False  # in memory of its own
 
     def __post_init__(self) -> None:
         self.rows, self.bounds = self.input.shape[-2], offsets(self.dims)
@@ -55,6 +63,7 @@ class Call:
         self.own_grad = self.makes_projection or self.operand != self.result
         item = self.operand.itemsize if self.own_grad else 0
         item += 0 if self.makes_projection else self.result.itemsize
+        item += self.result.itemsize if self.makes_target else 0
         self.plan = plan.tiles(
             self.rows,
             tuple(self.dims),

@@ -20,6 +20,14 @@ def segment_sum(columns: Tensor, dims: Sequence[int]) -> Tensor:
     return torch.stack([segment.sum(-1) for segment in columns.split(list(dims), -1)], -1)
 
 
+def segment_max(columns: Tensor, dims: Sequence[int]) -> Tensor:
+    """Return the largest of ``(*, D)`` among each teacher's columns, ``(*, T)``."""
+    if len(set(dims)) == 1:
+        by_teacher: Tensor = columns.unflatten(-1, (len(dims), dims[0]))
+        return by_teacher.amax(-1)
+    return torch.stack([segment.amax(-1) for segment in columns.split(list(dims), -1)], -1)
+
+
 def expand_columns(values: Tensor, dims: Sequence[int]) -> Tensor:
     """Repeat ``(*, T)`` over each teacher's columns, giving ``(*, D)``."""
     if len(set(dims)) == 1:
