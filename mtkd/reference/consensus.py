@@ -96,7 +96,7 @@ def spread(messages: Sequence[Tensor], center: Tensor) -> tuple[Tensor, Tensor]:
         far = _apart(message.to(wide), center.to(wide))
         low = torch.where(far < low, far, low)
         high = torch.where(far > high, far, high)
-    return low, high
+    return low.contiguous(), high.contiguous()
 
 
 def distance(x: Tensor, center: Tensor, low: Tensor | None, unit: Tensor | None) -> Tensor:
