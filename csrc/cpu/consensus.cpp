@@ -5,150 +5,12 @@
 #include <limits>
 #include <tuple>
 
+#include "consensus_loops.h"
 #include "nest.h"
 #include "votes.h"
 
 namespace mtkd::cpu {
 namespace {
-
-enum Kernel : int64_t { kNone, kFlat, kLinear, kGaussian };  // as the formulas number them
-constexpr double kNoClass = 1e-6;  // sum of the classes' votes below which the mean decides
-
-template <class A>
-MTKD_INLINE A exponential_or_zero(A x) {
-  const A underflow = sizeof(A) == sizeof(float) ? A(-86.5) : A(-700);
-  return x < underflow ? A(0) : exponential(x);
-}
-
-// Softmax over classes, each a row of n `stride` apart.
-template <class A>
-MTKD_INLINE void softmax_loop(A* values, int64_t classes, int64_t stride, int64_t n, A* largest,
-                              A* sum) {
-  std::fill(largest, largest + n, -std::numeric_limits<A>::infinity());
-  for (int64_t k = 0; k < classes; ++k) {
-    const A* v = values + k * stride;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) largest[i] = v[i] > largest[i] ? v[i] : largest[i];
-  }
-  std::fill(sum, sum + n, A(0));
-  for (int64_t k = 0; k < classes; ++k) {
-    A* v = values + k * stride;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      v[i] = exponential_or_zero(v[i] - largest[i]);
-      sum[i] += v[i];
-    }
-  }
-  for (int64_t k = 0; k < classes; ++k) {
-    A* v = values + k * stride;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) v[i] /= sum[i];
-  }
-}
-
-// A message with one class that is NaN abstains in all.
-template <class A>
-MTKD_INLINE void abstain_loop(A* values, int64_t classes, int64_t stride, int64_t n, A* nan) {
-  std::fill(nan, nan + n, A(0));
-  for (int64_t k = 0; k < classes; ++k) {
-    const A* v = values + k * stride;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) nan[i] = v[i] == v[i] ? nan[i] : v[i];
-  }
-  for (int64_t k = 0; k < classes; ++k) {
-    A* v = values + k * stride;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) v[i] += nan[i];
-  }
-}
-
-// Add a factor times the distance of each number to its center.
-template <class A>
-MTKD_INLINE void add_distance_loop(const A* x, const A* center, int64_t n, A factor, A* far) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i)
-    far[i] += x[i] == center[i] ? A(0) : factor * std::fabs(x[i] - center[i]);
-}
-
-template <class A>
-MTKD_INLINE void scale_loop(const A* low, const A* unit, int64_t n, A* far) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) far[i] = (far[i] - low[i]) / unit[i];
-}
-
-// Distances become a kernel's weights times the messages' own; a NaN becomes 0.
-template <class A>
-MTKD_INLINE void similarity_loop(const A* weight, int64_t n, int64_t kernel, A bandwidth, A slope,
-                                 A* far) {
-  if (kernel == kGaussian) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const A u = far[i] / bandwidth, w = exponential_or_zero(A(-0.5) * u * u) * weight[i];
-      far[i] = w > 0 ? w : A(0);
-    }
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const A w = (far[i] <= bandwidth ? A(1) - far[i] * slope : A(0)) * weight[i];
-      far[i] = w > 0 ? w : A(0);
-    }
-  }
-}
-
-template <class A>
-MTKD_INLINE void agree_loop(const A* far, const A* weight, int64_t n, A bandwidth, A* agreed,
-                            A* all) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const A w = weight[i] > 0 ? weight[i] : A(0);
-    agreed[i] += far[i] <= bandwidth ? w : A(0);
-    all[i] += w;
-  }
-}
-
-template <class A>
-MTKD_INLINE void ratio_loop(const A* x, const A* total, int64_t n, A* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = total[i] > 0 ? x[i] / total[i] : A(0);
-}
-
-template <class A>
-MTKD_INLINE void range_loop(const A* far, int64_t n, A* low, A* high) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    low[i] = far[i] < low[i] ? far[i] : low[i];
-    high[i] = far[i] > high[i] ? far[i] : high[i];
-  }
-}
-
-#define MTKD_CONSENSUS_LOOPS(A)                                                                 \
-  MTKD_CLONES void softmax(A* v, int64_t classes, int64_t stride, int64_t n, A* a, A* b) {      \
-    softmax_loop(v, classes, stride, n, a, b);                                                  \
-  }                                                                                             \
-  MTKD_CLONES void abstain(A* v, int64_t classes, int64_t stride, int64_t n, A* nan) {          \
-    abstain_loop(v, classes, stride, n, nan);                                                   \
-  }                                                                                             \
-  MTKD_CLONES void add_distance(const A* x, const A* c, int64_t n, A factor, A* far) {          \
-    add_distance_loop(x, c, n, factor, far);                                                    \
-  }                                                                                             \
-  MTKD_CLONES void scale(const A* low, const A* unit, int64_t n, A* far) {                      \
-    scale_loop(low, unit, n, far);                                                              \
-  }                                                                                             \
-  MTKD_CLONES void similarity(const A* w, int64_t n, int64_t kernel, A bandwidth, A slope,      \
-                              A* far) {                                                         \
-    similarity_loop(w, n, kernel, bandwidth, slope, far);                                       \
-  }                                                                                             \
-  MTKD_CLONES void agree(const A* far, const A* w, int64_t n, A bandwidth, A* agreed, A* all) { \
-    agree_loop(far, w, n, bandwidth, agreed, all);                                              \
-  }                                                                                             \
-  MTKD_CLONES void ratio(const A* x, const A* total, int64_t n, A* out) {                       \
-    ratio_loop(x, total, n, out);                                                               \
-  }                                                                                             \
-  MTKD_CLONES void range(const A* far, int64_t n, A* low, A* high) {                            \
-    range_loop(far, n, low, high);                                                              \
-  }
-MTKD_CONSENSUS_LOOPS(float)
-MTKD_CONSENSUS_LOOPS(double)
 
 struct Settings {
   int64_t count, classes;  // of messages; of classes, 1 where there are none
@@ -175,7 +37,7 @@ struct Operands {
 // Elements of a tile: as many as a cache holds of all messages, their weights and classes.
 int64_t tile_width(const Settings& s, bool weighted) {
   const int64_t rows = s.count * s.classes + s.count * (weighted + 2 * (s.kernel != kNone));
-  const int64_t numbers = s.classes > 1 ? 1 << 17 : 1 << 13;
+  const int64_t numbers = s.classes > 1 ? 1 << 17 : 1 << 12;  // measured: no larger
   const int64_t width = numbers / rows;
   return width < 16 ? std::max<int64_t>(4, width) : std::min<int64_t>(512, width / 16 * 16);
 }
@@ -194,7 +56,7 @@ class Voter {
         shifted_(s.count * width),
         center_(s.classes * width),
         voted_(s.classes * width),
-        sorting_(2 * s.count * width),
+        sorting_((2 * s.count + 2) * width),
         spare_(3 * width),
         totals_(width),
         rows_(s.count * s.classes),
@@ -263,8 +125,9 @@ class Voter {
     };
     for (int64_t k = 0; k < s_.classes; ++k) {
       A* row = out + k * width_;
-      if (weights || !vote(&rows_[k * s_.count], s_.count, n, s_.trim, row))
-        weighted(k, s_.trim, row);
+      unanimous_ = !weights && vote(&rows_[k * s_.count], s_.count, n, s_.trim, row);
+      if (!unanimous_) weighted(k, s_.trim, row);
+      unanimous_ = unanimous_ && std::isinf(s_.bandwidth);
     }
     if (!s_.with_classes) return;
     A *total = spare_.data(), *mean = total + width_;
@@ -329,13 +192,16 @@ class Voter {
 
   // The share of the weight that is near.
   void agreement(int64_t outer, int64_t inner, int64_t n) {
+    A *agreed = confidence(), *all = voted_.data(), *far = sorting_.data(), *zeros = far + width_;
+    if (unanimous_) return std::fill_n(agreed, n, A(1)), void();
     const auto [low, unit] = scales(outer, inner, n);
-    A *agreed = confidence(), *all = voted_.data(), *far = sorting_.data();
     std::fill_n(agreed, n, A(0));
     std::fill_n(all, n, A(0));
+    if (low) std::fill_n(zeros, n, A(0));
     for (int64_t p = 0; p < s_.count; ++p) {
-      distance(p, low, unit, n, far);
-      agree(far, weights_[p], n, static_cast<A>(s_.bandwidth), agreed, all);
+      if (low) distance(p, low, unit, n, far);
+      agree(low ? far : rows_[p], low ? zeros : center_.data(), weights_[p], n,
+            static_cast<A>(s_.bandwidth), agreed, all);
     }
     ratio(agreed, all, n, agreed);
   }
@@ -357,7 +223,8 @@ class Voter {
   const Operands& o_;
   const Nest& nest_;
   const int64_t width_;
-  bool fixed_;  // weights are the same for all elements
+  bool fixed_;              // weights are the same for all elements
+  bool unanimous_ = false;  // nobody abstained, and everybody is near
   std::vector<A> values_, base_, shifted_, center_, voted_, sorting_, spare_, totals_;
   std::vector<const A*> rows_, weights_, shifts_;
 };

@@ -8,6 +8,12 @@
 namespace mtkd::cpu {
 namespace {
 
+// Not omp simd, of which GCC keeps arrays inside the loop in memory.
+#if defined(__clang__)
+#define MTKD_VECTORISED _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define MTKD_VECTORISED _Pragma("GCC ivdep")
+#endif
 #define MTKD_UNROLLED __attribute__((always_inline))  // of lambdas
 constexpr double kTie = 1e-6;  // share of the weight within which a cumulative weight is one half
 
@@ -110,7 +116,7 @@ MTKD_INLINE bool median_loop(const float* const* rows, int64_t n, float* out) {
   const float* row[P];  // a copy that the stores to `out` cannot change
   unroll<P>([&](size_t p) MTKD_UNROLLED { row[p] = rows[p]; });
   int bad = 0;
-#pragma omp simd reduction(| : bad)
+  MTKD_VECTORISED
   for (int64_t i = 0; i < n; ++i) {
     float v[P], sum = 0;
     unroll<P>([&](size_t p) MTKD_UNROLLED { sum += v[p] = row[p][i]; });
@@ -131,7 +137,7 @@ MTKD_INLINE void quantiles_loop(const float* const* rows, const float* const* we
     row[p] = rows[p];
     weight[p] = weights[p];
   });
-#pragma omp simd
+  MTKD_VECTORISED
   for (int64_t i = 0; i < n; ++i) {
     float v[P], w[P], total = 0;
     unroll<P>([&](size_t p) MTKD_UNROLLED {
@@ -185,7 +191,7 @@ MTKD_INLINE void weighted_mean_loop(const A* const* rows, const A* const* weight
   for (int64_t i = 0; i < n; ++i) out[i] /= totals[i];
 }
 
-// Any number of messages; `scratch` has 2 * count rows of n.
+// Any number of messages; `scratch` has 2 * count + 2 rows of n.
 template <bool Median, class A>
 MTKD_INLINE void sorted_rows_loop(const A* const* rows, const A* const* weights, int64_t count,
                                   int64_t n, A trim, A* out, A* totals, A* scratch) {
@@ -204,10 +210,22 @@ MTKD_INLINE void sorted_rows_loop(const A* const* rows, const A* const* weights,
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) exchange(va[i], vb[i], wa[i], wb[i]);
   });
+  A *end = scratch + 2 * count * n, *upper = end + n;
+  std::fill(end, upper + n, A(0));
+  std::fill(out, out + n, A(0));
+  for (int64_t p = 0; p < count; ++p) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      Quantiles<Median, A> q(totals[i], trim);
+      q.end = end[i], q.sum = out[i], q.upper = upper[i];
+      q.add(v[p * n + i], w[p * n + i]);
+      end[i] = q.end, out[i] = q.sum, upper[i] = q.upper;
+    }
+  }
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     Quantiles<Median, A> q(totals[i], trim);
-    for (int64_t p = 0; p < count; ++p) q.add(v[p * n + i], w[p * n + i]);
+    q.sum = out[i], q.upper = upper[i];
     out[i] = q.result();
   }
 }

@@ -13,7 +13,7 @@ bool vote(const float* const* rows, int64_t count, int64_t n, double trim, float
 bool vote(const double* const* rows, int64_t count, int64_t n, double trim, double* out);
 
 // The same with weights, of which what is not positive is 0; `totals` are the weights that
-// counted, `scratch` has 2 * count * n numbers.
+// counted, `scratch` has (2 * count + 2) * n numbers.
 void weighted_vote(const float* const* rows, const float* const* weights, int64_t count, int64_t n,
                    double trim, float* out, float* totals, float* scratch);
 void weighted_vote(const double* const* rows, const double* const* weights, int64_t count,
