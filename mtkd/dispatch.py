@@ -169,6 +169,14 @@ def implement(operator: str, key: str, kernel: Callable[..., Any]) -> None:
     _LIBRARY.impl(operator, kernel, key)
 
 
+def define_plain(schema: str, formula: Callable[..., Any]) -> Any:
+    """Define an operator without a gradient: its schema, and the formula that serves by default."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    implement(name, "CompositeExplicitAutograd", formula)
+    return getattr(torch.ops.mtkd, name).default
+
+
 def define(
     name: str,
     arguments: str,

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from .dispatch import Loss, define, implement
+from .dispatch import Loss, define, define_plain, implement
 from .reference import alignment as alignment_formulas
+from .reference import consensus as consensus_formulas
 from .reference import divergence as divergence_formulas
 from .reference import gaussian as gaussian_formulas
 from .reference import mixtures as mixtures_formulas
@@ -108,6 +109,17 @@ linear_kl_div = define(
     formula=divergence_formulas.linear_kl_div,
     gradient=divergence_formulas.linear_kl_div_gradient,
     saved=divergence_formulas.linear_kl_div_saved,
+)
+
+consensus = define_plain(  # of messages, a target: it has no gradient
+    "consensus(Tensor[] messages, Tensor? weight, Tensor? start, Tensor? low, Tensor? unit,"
+    " int? class_dim, bool logits, float trim, int kernel, float bandwidth, int iterations)"
+    " -> (Tensor, Tensor, Tensor)",
+    consensus_formulas.consensus,
+)
+consensus_spread = define_plain(
+    "consensus_spread(Tensor[] messages, Tensor center) -> (Tensor, Tensor)",
+    consensus_formulas.spread,
 )
 
 LOSSES: tuple[Loss, ...] = (
