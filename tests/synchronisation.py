@@ -14,7 +14,7 @@ WAITING = {
 }
 
 
-class no_synchronisation(TorchDispatchMode):
+class NoSynchronisation(TorchDispatchMode):
     """Raise where a GPU would make the host wait."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

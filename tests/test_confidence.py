@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as TF
-from synchronisation import no_synchronisation
+from synchronisation import NoSynchronisation
 
 import mtkd.functional as F
 from mtkd.testing import assert_close
@@ -154,7 +154,7 @@ def test_nothing_looks_at_the_data(masked):
     for measure in (teacher_cross_entropy(teacher, target, mask), teacher_agreement(teacher, mask)):
         assert confidence_weights(measure, mask, method="ebkd").shape == (N, T)
     teacher, target, mask = logits()
-    with no_synchronisation():
+    with NoSynchronisation():
         for method in METHODS:
             confidence_weights(teacher_entropy(teacher, mask), mask, method=method)
         teacher_agreement(teacher, mask)

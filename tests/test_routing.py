@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from synchronisation import no_synchronisation
+from synchronisation import NoSynchronisation
 
 import mtkd.functional as F
 from mtkd.reduction import reduce_matrix
@@ -226,7 +226,7 @@ def test_gradcheck_of_load_balance():
 
 def test_the_host_never_waits():
     logits, mask = gate_logits(), some_masked()
-    with no_synchronisation():
+    with NoSynchronisation():
         for share in ("equal", "gate"):
             routing = top_k_routing(logits, 2, mask, share=share)
             (routing.weight.square().sum() + routing.load_balance).backward()

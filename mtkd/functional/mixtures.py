@@ -148,8 +148,7 @@ def dirichlet_mixture(
         the others'; to route with weights of 0, `mixture_kl` is the better loss.
 
     Source:
-        MT-BKD, multi-teacher Bayesian knowledge distillation: its prior on the student's
-        probabilities.
+        MT-BKD, multi-teacher Bayesian knowledge distillation.
 
     Example:
         >>> import torch

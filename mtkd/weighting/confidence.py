@@ -123,8 +123,8 @@ def teacher_cross_entropy(
     teachers, shape = check_logits(teacher, mask)
     check_positive("temperature", temperature)
     if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
-        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"target: expected a tensor of int64 or int32 labels, got {got}")
+        kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target: expected a tensor of int64 or int32 labels, got {kind}")
     if target.shape != shape[:-1] or target.device != teachers[0].device:
         expected = f"shape {tuple(shape[:-1])} on {teachers[0].device}"
         got = f"shape {tuple(target.shape)} on {target.device}"

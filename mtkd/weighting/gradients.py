@@ -47,8 +47,8 @@ def gradient_weights(
         - student ``(*, C)``; teacher ``(*, T, C)``, or a sequence of T tensors ``(*, C)``.
 
     Returns:
-        Weights ``(T,)``, or ``(*, T)`` per sample, detached, that sum to 1 over what counts: float32,
-        or float64 for a float64 student.
+        Weights ``(T,)``, or ``(*, T)`` per sample, detached, that sum to 1 over what counts:
+        float32, or float64 for a float64 student.
 
     Raises:
         ValueError: shapes or devices that do not fit, an unknown scope, a cap below 1 / T.
@@ -56,8 +56,8 @@ def gradient_weights(
 
     Note:
         "batch" walks over the teachers one at a time and keeps ``(T, C)``; "sample" makes Gram
-        matrices ``(*, T, T)``, rows in chunks. The programme is solved by a fixed number of steps in
-        float64 on the device, without a wait of the host: its objective is within 1e-12 of the
+        matrices ``(*, T, T)``, rows in chunks. The programme is solved by a fixed number of steps
+        in float64 on the device, without a wait of the host: its objective is within 1e-12 of the
         optimum, relative to the mean square of the gradients. Where several weights are optimal, as
         with equal teachers, it is their analytic centre: equal teachers weigh the same.
 
