@@ -52,6 +52,8 @@ def test_docstring_examples(name):
         "functional.linear_gaussian_nll",
         "functional.alignment",
         "functional.linear_alignment",
+        "functional.kl_div",
+        "functional.linear_kl_div",
         "functional.majority_vote",
         "functional.mixture_kl",
         "functional.dirichlet_mixture",
