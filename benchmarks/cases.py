@@ -29,6 +29,7 @@ class Case:
     modes: int = 0
     masked: bool = False
     sequence: bool = False  # teachers given as separate tensors
+    dtype: str = ""  # of inputs, where it is not the device's usual one
     baselines: tuple[str, ...] = ()
     asked: dict[str, float] = field(default_factory=dict)  # "<regime> <quantity>" -> number
 
@@ -39,6 +40,7 @@ class Case:
         words += [f"H={self.features}"] * bool(self.features)
         words += [f"{self.modes} modes"] * bool(self.modes)
         words += ["masked"] * self.masked + ["a sequence"] * self.sequence
+        words += [self.dtype] * bool(self.dtype)
         return ", ".join(words)
 
     @property
@@ -124,7 +126,22 @@ CPU = (
         4,
         768,
         baselines=COMPILED,
-        asked={"cold loop": 20, "cold compile": 2.5, "warm loop": 15, "warm compile": 2},
+        asked={
+            "cold loop": 20,
+            "cold compile": 2.5,
+            "cold extra memory": 1,
+            "warm loop": 15,
+            "warm compile": 2,
+            "warm extra memory": 1,
+        },
+    ),
+    _aligned(
+        6304,
+        4,
+        768,
+        dtype="bfloat16",
+        baselines=(*COMPILED, "float32"),
+        asked={"cold float32": 1, "warm float32": 1},
     ),
     *(_aligned(256, t, 64, baselines=COMPILED) for t in TEACHERS if t <= 256),
     *(_fused(256, t, 64, 256) for t in TEACHERS),

@@ -5,7 +5,7 @@ from typing import Any
 
 from .cases import AT_MOST, Case
 
-BASELINES = ("eager", "loop", "compile", "graph", "gemms")
+BASELINES = ("eager", "loop", "compile", "graph", "gemms", "float32")
 MIB = 2**20
 TOTAL = "forward + backward"
 
@@ -51,6 +51,7 @@ WORDS = {
     "floor": "of the copy floor",
     "graph": "faster than the loop in a CUDA graph",
     "compile": "faster than torch.compile",
+    "float32": "faster than with float32 inputs",
     "extra memory": "extra memory",
     "host time": "host time",
     "milliseconds": "time",

@@ -87,11 +87,12 @@ LOSSES: tuple[Loss, ...] = (
 
 # Which kernels serve a row loss on a GPU, "triton" or "compiled": the measured faster of the two,
 # and Triton where nothing has been measured.
-ON_GPU = {"gaussian_nll": "triton"}
+ON_GPU = {"gaussian_nll": "triton", "alignment": "triton"}
 
 _FAMILIES = {  # files of mtkd/triton
     "gaussian_nll": "gaussian",
     "linear_gaussian_nll": "linear_gaussian",
+    "alignment": "alignment",
     "scale_": "common",
 }
 _WITH_TRITON = find_spec("triton") is not None

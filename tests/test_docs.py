@@ -25,16 +25,16 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        "docs/losses/gaussian.md",
-        "docs/losses/alignment.md",
-        "docs/losses/mixtures.md",
-        "docs/weighting.md",
-    ],
+LOSSES = ("gaussian", "alignment", "mixtures")
+WITH_EXAMPLES = (
+    "README.md",
+    "docs/projectors.md",
+    "docs/weighting.md",
+    *(f"docs/losses/{x}.md" for x in LOSSES),
 )
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES)
 def test_python_examples_run(page):
     for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL):
         exec(compile(code, page, "exec"), {})
@@ -60,6 +60,9 @@ def test_docstring_examples(name):
         "weighting.gradient_weights",
         "weighting.top_k_routing",
         "nn.GaussianHeads",
+        "nn.Ladder",
+        "nn.Projectors",
+        "nn.TokenProjectors",
     ],
 )
 def test_public_docstrings_have_every_section(public):

@@ -93,6 +93,7 @@ _Self = TypeVar("_Self", bound="Estimator")
 class Estimator(nn.Module):
     """A module of teachers' statistics: measures batches, and its buffers keep their dtypes."""
 
+    expendable = True
     products = False
     mean: Tensor
 
