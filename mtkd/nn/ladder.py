@@ -57,7 +57,8 @@ class Ladder(PackedModule):
         With `recompute` only the inputs are kept, and backward does the first layers' GEMMs again,
         a sixth of forward and backward. There is one bias c a teacher; UNIC's one a block add up
         to it. The state dict has an entry for each teacher,
-        ``teachers.<name>.blocks.<b>.hidden.weight`` and so on.
+        ``teachers.<name>.blocks.<b>.hidden.weight`` and so on. Transforms of torch.func stop at
+        what is made anew in backward.
 
     Source:
         Sariyildiz et al., "UNIC", ECCV 2024, arXiv 2408.05088. From the authors' code: the formula,

@@ -112,20 +112,25 @@ class Projectors(TeacherMLPs):
         mapping, a mapping by name. Options, and what is returned, are those of
         `mtkd.functional.linear_alignment`.
         """
-        layers = [self._last(teacher) for teacher in range(len(self.teachers.dims))]
-        if not self.depth:
-            layers = [self._layer("last_0", slice(None))]
-        return self.fused(linear_alignment, layers, student, target, **options)
+        return self.fused(linear_alignment, self._last_layers(), student, target, **options)
 
-    def _last(self, teacher: int) -> dict[str, Tensor]:
-        group, own = self.place(teacher, self.teachers.dims)
-        return self._layer(f"last_{group}", own)
-
-    def _layer(self, name: str, own: slice) -> dict[str, Tensor]:
-        """Return rows of a layer as keyword arguments of `linear_alignment`."""
-        names = ("linear_weight", "linear_bias")
-        pairs = zip(names, self.layer(name), strict=True)
-        return {key: parameter[own] for key, parameter in pairs if parameter is not None}
+    def _last_layers(self) -> list[dict[str, Tensor]]:
+        """Return the last layers as keyword arguments of `linear_alignment`."""
+        names, count = (
+            ("linear_weight", "linear_bias"),
+            len(self.teachers.dims) if self.depth else 1,
+        )
+        layers: list[dict[str, Tensor]] = [{} for _ in range(count)]
+        for group in range(max(1, len(self.groups))):
+            for name, packed in zip(names, self.layer(f"last_{group}"), strict=True):
+                if packed is None:
+                    continue
+                # one split, whose backward joins the parts once; a slice each would add them all up
+                whole = not self.depth or len(self.groups) > 1
+                parts = [packed] if whole else packed.split(list(self.teachers.dims))
+                for teacher, part in enumerate(parts, group):
+                    layers[teacher][name] = part
+        return layers
 
     def extra_repr(self) -> str:
         """Describe the projectors."""

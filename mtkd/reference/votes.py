@@ -122,7 +122,7 @@ def majority_vote_saved(
     teacher, weight, _, hard = args
     columns = len(teacher) if teacher[0].dim() == 2 else teacher[0].shape[1]
     if hard:  # the class, -1 where it is not one
-        shape = (len(student), columns if weight is None else 1)
+        shape = (student.shape[0], columns if weight is None else 1)
         return torch.full(shape, -1, dtype=torch.int64, device=student.device)
     # a teacher's largest logit, and the sum of exponentials of what the others are less
-    return student.new_zeros((len(student), columns, 2), dtype=accumulate_dtype(student))
+    return student.new_zeros((student.shape[0], columns, 2), dtype=accumulate_dtype(student))

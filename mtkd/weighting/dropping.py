@@ -75,7 +75,11 @@ def teacher_dropping(
     _check(loss, mask, p, normalize, generator)
     loss = loss.detach()
     counted = torch.ones_like(loss, dtype=torch.bool) if mask is None else mask
-    draws = torch.rand(loss.shape, dtype=torch.float32, device=loss.device, generator=generator)
+    shape, device = loss.shape, loss.device
+    if generator is None:  # left out: given, even None, it has no symbolic shapes
+        draws = torch.rand(shape, dtype=torch.float32, device=device)
+    else:
+        draws = torch.rand(shape, dtype=torch.float32, device=device, generator=generator)
     kept = counted & (_largest(loss, counted) | (draws >= p))
     weights = kept.to(wide(loss.dtype))
     if normalize == "sample":
