@@ -485,7 +485,7 @@ def _launch(
     double = accumulate == tl.float64
     settings = {"ACC": accumulate, "FORWARD": forward != 0, "REVERSE": reverse != 0}
     settings["MIXTURE"] = mixture
-    shape = tile(rows, dims, int(mixture), double)
+    shape = tile(rows, dims, 1, double)  # two sides' exponentials take registers, as a mode does
 
     def run(
         losses: Tensor | None, own: Tensor | None, other: Tensor | None, numbers: Tensor | None
