@@ -13,6 +13,7 @@ import torch
 from .dispatch import Loss, define, implement
 from .reference import alignment as alignment_formulas
 from .reference import gaussian as gaussian_formulas
+from .reference import votes as votes_formulas
 
 gaussian_nll = define(
     "gaussian_nll",
@@ -57,7 +58,23 @@ linear_alignment = define(
     saved=alignment_formulas.linear_alignment_saved,
 )
 
-LOSSES: tuple[Loss, ...] = (gaussian_nll, linear_gaussian_nll, alignment, linear_alignment)
+majority_vote = define(
+    "majority_vote",
+    "Tensor? mask, int[] dims, Tensor student, Tensor[] teacher, Tensor? weight,"
+    " float temperature, bool hard",
+    differentiable=("student",),
+    formula=votes_formulas.majority_vote,
+    gradient=votes_formulas.majority_vote_gradient,
+    saved=votes_formulas.majority_vote_saved,
+)
+
+LOSSES: tuple[Loss, ...] = (
+    gaussian_nll,
+    linear_gaussian_nll,
+    alignment,
+    linear_alignment,
+    majority_vote,
+)
 
 # Which kernels serve a row loss on a GPU, "triton" or "compiled": the measured faster of the two,
 # and Triton where nothing has been measured.

@@ -52,7 +52,10 @@ def poisoned_memory() -> Iterator[None]:
 
 def cast(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     """Return an operator's arguments with floating tensors in another dtype, detached."""
-    return tuple(
-        x.detach().to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-        for x in arguments
-    )
+
+    def changed(x: Any) -> Any:
+        if isinstance(x, list):
+            return [changed(each) for each in x]
+        return x.detach().to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return tuple(map(changed, arguments))

@@ -170,6 +170,32 @@ def linear_alignment(
     return mask, dims, input, weight, offset, target, *rest, workspace, stash
 
 
+def votes(
+    generator: torch.Generator,
+    rows: int,
+    dims: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    teachers: int = 0,
+    hard: bool = True,
+    masked: bool = False,
+    temperature: float = 1.0,
+    sequence: bool = False,
+) -> Arguments:
+    """Arguments of majority_vote: a column a teacher, or with `teachers` a single one of them."""
+    count = teachers or len(dims)
+    student = _normal(generator, dtype, rows, dims[0])
+    teacher = _normal(generator, dtype, rows, count, dims[0], scale=2.0)
+    mask = _mask(generator, rows, count, masked)
+    weight = None
+    if teachers:  # small integers: votes are often tied
+        weight = torch.randint(1, 4, (rows, count), generator=generator).to(dtype)
+        weight = weight if mask is None else weight.masked_fill(~mask, 0.0)
+        mask = None if mask is None else mask.any(-1, keepdim=True)
+    tensors = list(teacher.unbind(1)) if sequence else [teacher]
+    return mask, dims, student, tensors, weight, temperature, hard
+
+
 def operators_of(function: Callable[..., Any]) -> Loss:
     """The operators under a public loss, whose import registers drivers as well as kernels."""
     loss: Loss = getattr(ops, function.__name__)
@@ -284,6 +310,23 @@ ALIGNMENT_CASES = (
     ),
     Case("linear-alignment-own", LA, linear_alignment, (40,) * 3, 50, {"own": True, "bias": False}),
 )
-ALL_CASES = (*ALL_CASES, *ALIGNMENT_CASES)
+V = operators_of(F.majority_vote)
+SOFT = {"hard": False, "temperature": 2.5}
+VOTES_CASES = (
+    Case("votes-tiny", V, votes, (3,) * 3, 5),
+    Case("votes-soft-tiny", V, votes, (4,) * 2, 6, {**SOFT, "sequence": True}),
+    Case("votes-plurality-tiny", V, votes, (5,), 6, {"teachers": 4, "masked": True}),
+    Case("votes-mean-tiny", V, votes, (5,), 6, {"teachers": 3, **SOFT}),
+    Case("votes-each", V, votes, (1500,) * 5, 37, {"masked": True}),
+    Case("votes-soft", V, votes, (1500,) * 5, 37, {"masked": True, **SOFT}),
+    Case("votes-plurality", V, votes, (1500,), 9, {"teachers": 40}),
+    Case("votes-mean", V, votes, (1500,), 9, {"teachers": 7, "masked": True, **SOFT}),
+    Case("votes-many", V, votes, (17,) * len(MANY), 33, {"masked": True, "sequence": True}),
+    Case("votes-many-soft", V, votes, (17,) * len(MANY), 33, {"hard": False}),
+    Case("votes-few", V, votes, (3,), 33, {"teachers": 11, "sequence": True}),
+    Case("votes-one", V, votes, (5000,), 1),
+    Case("votes-large", V, votes, (1500,) * 3, 801, SOFT, large=True),
+)
+ALL_CASES = (*ALL_CASES, *ALIGNMENT_CASES, *VOTES_CASES)
 CASES = tuple(case for case in ALL_CASES if not (case.large and INTERPRETED))
 TINY_CASES = tuple(case for case in CASES if sum(case.dims) <= 10)

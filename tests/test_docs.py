@@ -48,6 +48,7 @@ def test_docstring_examples(name):
         "functional.linear_gaussian_nll",
         "functional.alignment",
         "functional.linear_alignment",
+        "functional.majority_vote",
         "nn.GaussianHeads",
         "nn.Ladder",
         "nn.Projectors",
