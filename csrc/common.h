@@ -85,13 +85,11 @@ MTKD_INLINE To bit_cast(From from) {
 
 #if defined(__CUDACC__)
 MTKD_INLINE float exponential(float x) { return expf(x); }
+MTKD_INLINE float exponential_within(float x) { return expf(x); }
 #else
-// exp for vector loops: x = k log 2 + r, a minimax polynomial for 2 exp(r), and 2^(k-1) made of
-// the rounding's low bits. Within 2 ulp where the result is a normal number; overflow gives inf,
-// results under 2e-38 are clamped there, NaN stays NaN.
-MTKD_INLINE float exponential(float x) {
-  x = 88.75f < x ? 88.75f : x;
-  x = -86.625f > x ? -86.625f : x;
+// exp for vector loops, of x between -86.625 and 88.75: x = k log 2 + r, a minimax polynomial for
+// 2 exp(r), and 2^(k-1) made of the rounding's low bits. Within 2 ulp, NaN stays NaN.
+MTKD_INLINE float exponential_within(float x) {
   constexpr float kRound = 12582912.0f + 126.0f;  // 1.5 * 2^23 rounds to an integer; 126 biases it
   const float shifted = x * 1.44269504f + kRound;
   const float k = shifted - kRound;
@@ -105,8 +103,15 @@ MTKD_INLINE float exponential(float x) {
   p = p * r + 2.0f;
   return p * bit_cast<float>(bit_cast<uint32_t>(shifted) << 23);
 }
+// Of any x: overflow gives inf, results under 2e-38 are clamped there.
+MTKD_INLINE float exponential(float x) {
+  x = 88.75f < x ? 88.75f : x;
+  x = -86.625f > x ? -86.625f : x;
+  return exponential_within(x);
+}
 #endif
 MTKD_INLINE double exponential(double x) { return exp(x); }
+MTKD_INLINE double exponential_within(double x) { return exp(x); }
 
 // Of a number from 1 to 2, within 2 ulp. A GPU's division has a branch for all others.
 MTKD_INLINE float reciprocal(float x) {

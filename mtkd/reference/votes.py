@@ -121,8 +121,8 @@ def majority_vote_saved(
     """Return a tensor like what kernels save: of each vote, what its q is made from."""
     teacher, weight, _, hard = args
     columns = len(teacher) if teacher[0].dim() == 2 else teacher[0].shape[1]
-    if hard:  # the winner, -1 where there are several or none
+    if hard:  # the class, -1 where it is not one
         shape = (len(student), columns if weight is None else 1)
         return torch.full(shape, -1, dtype=torch.int64, device=student.device)
-    # the logarithm of the sum of a teacher's exponentials
-    return student.new_zeros((len(student), columns), dtype=accumulate_dtype(student))
+    # a teacher's largest logit, and the sum of exponentials of what the others are less
+    return student.new_zeros((len(student), columns, 2), dtype=accumulate_dtype(student))
