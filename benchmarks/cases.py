@@ -8,7 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-ROWS, FUSED, ALIGNED = LOSSES = "gaussian_nll", "linear_gaussian_nll", "alignment"
+ROWS, FUSED, ALIGNED, VOTES = LOSSES = (
+    "gaussian_nll",
+    "linear_gaussian_nll",
+    "alignment",
+    "majority_vote",
+)
 # quantities of which little is asked; every other one should be large
 AT_MOST = {"milliseconds": "ms", "extra memory": "MiB", "host time": "us"}
 ERROR_LIMIT = {32: 1e-5, 16: 2.0}  # relative error; for 16 bits, in units of the least possible
@@ -30,6 +35,7 @@ class Case:
     masked: bool = False
     sequence: bool = False  # teachers given as separate tensors
     dtype: str = ""  # of inputs, where it is not the device's usual one
+    vote: str = ""  # of majority_vote
     baselines: tuple[str, ...] = ()
     asked: dict[str, float] = field(default_factory=dict)  # "<regime> <quantity>" -> number
 
@@ -39,6 +45,7 @@ class Case:
         words = [f"{self.loss} {self.rows} x ({self.teachers} x {self.width})"]
         words += [f"H={self.features}"] * bool(self.features)
         words += [f"{self.modes} modes"] * bool(self.modes)
+        words += [self.vote] * bool(self.vote)
         words += ["masked"] * self.masked + ["a sequence"] * self.sequence
         words += [self.dtype] * bool(self.dtype)
         return ", ".join(words)
@@ -58,10 +65,11 @@ class Case:
         """Whether a call is all overhead."""
         return self.numbers <= 64
 
-    def size(self) -> dict[str, int]:
+    def size(self) -> dict[str, Any]:
         """The sizes as JSON keeps them."""
         names = ("rows", "teachers", "width", "features", "modes", "masked", "sequence")
-        return {"loss": self.loss} | {name: int(getattr(self, name)) for name in names}
+        kind = {"vote": self.vote} if self.vote else {}
+        return {"loss": self.loss} | kind | {name: int(getattr(self, name)) for name in names}
 
     def shrunk(self, rows: int, teachers: int, width: int, features: int) -> "Case":
         """The same, no larger than these sizes."""
@@ -95,9 +103,18 @@ def _aligned(*size: int, baselines: tuple[str, ...] = ("eager", "loop"), **more)
     return Case(ALIGNED, *size, baselines=baselines, **more)
 
 
+def _voted(
+    *size: int, vote: str = "each", baselines: tuple[str, ...] = ("eager",), **more: Any
+) -> Case:
+    return Case(VOTES, *size, vote=vote, baselines=(*baselines, "read"), **more)
+
+
 TEACHERS = (1, 4, 16, 64, 256, 1024)
 COMPILED = ("eager", "loop", "compile")
 GRAPHED = ("eager", "loop", "graph", "gemms")
+HARD_VOTE = {"cold compile": 3.5, "warm compile": 3.5, "cold read": 0.6, "cold extra memory": 16}
+SOFT_VOTE = {"cold compile": 4, "warm compile": 2, "cold extra memory": 16}
+VOTED = {"each": HARD_VOTE, "plurality": HARD_VOTE, "soft": SOFT_VOTE}
 
 CPU = (
     _rows(4, 1, 8, baselines=COMPILED, asked={"cold host time": 100}),
@@ -144,6 +161,15 @@ CPU = (
         asked={"cold float32": 1, "warm float32": 1},
     ),
     *(_aligned(256, t, 64, baselines=COMPILED) for t in TEACHERS if t <= 256),
+    *(
+        _voted(2048, 32, 1000, vote=vote, baselines=("eager", "compile"), asked=asked)
+        for vote, asked in VOTED.items()
+    ),
+    *(
+        _voted(256, t, 100, vote=vote, baselines=("eager", "loop"))
+        for vote in ("each", "soft")
+        for t in TEACHERS
+    ),
     *(_fused(256, t, 64, 256) for t in TEACHERS),
     *(_fused(512, 8, 128, h) for h in (64, 128, 256, 512, 1024)),
 )
@@ -162,6 +188,7 @@ GPU = (
     _rows(8192, 8, 1024, baselines=COMPILED, asked={"gpu floor": 0.85, "gpu compile": 1.3}),
     _rows(4, 1, 8, asked={"gpu host time": 80}),
     _aligned(25216, 4, 768, baselines=COMPILED),
+    *(_voted(4096, 32, 1000, vote=vote, baselines=("eager", "compile")) for vote in VOTED),
     _fused(4, 1, 8, 8),
     _rows(512, 1024, 16, baselines=(*COMPILED, "graph")),
     _rows(4096, 8, 512, modes=4, baselines=COMPILED),

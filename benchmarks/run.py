@@ -49,6 +49,7 @@ class Bench:
             "graph": self.graphs,
             "gemms": lambda: [p.gemms() for p in self.sets],
             "float32": self.widened,
+            "read": lambda: [p.read for p in self.sets],
         }
         return {name: named[name] for name in (OURS, *self.case.baselines)}
 
@@ -126,7 +127,7 @@ def memory(bench: Bench, blocks: dict[str, list[Step]]) -> dict[str, Any]:
     peaks = {}
     for name, steps in blocks.items():
         bench.clear()
-        if name not in ("graph", "gemms"):  # these hold theirs
+        if name not in ("graph", "gemms", "read"):  # these hold theirs, or need none
             peak = bench.clock.peak_bytes(steps[0])
             peaks[name] = None if peak is None else peak / MIB
     return {"memory_mib": peaks, "gradient_mib": bench.sets[0].gradient_bytes() / MIB}

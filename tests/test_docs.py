@@ -25,7 +25,7 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-LOSSES = ("gaussian", "alignment")
+LOSSES = ("gaussian", "alignment", "votes")
 WITH_EXAMPLES = ("README.md", "docs/projectors.md", *(f"docs/losses/{x}.md" for x in LOSSES))
 
 
