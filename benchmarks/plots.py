@@ -90,7 +90,7 @@ def _fixed(size: dict[str, Any], axis: str) -> str:
     words = {"rows": f"N={size['rows']}", "width": f"D_t={size['width']}"}
     words |= {"teachers": f"T={size['teachers']}", "features": f"H={size['features']}"}
     sizes = [text for name, text in words.items() if name != axis and size[name]]
-    return ", ".join([size["vote"]] * ("vote" in size) + sizes)
+    return ", ".join([size["vote"], *sizes] if "vote" in size else sizes)
 
 
 def _times(result: dict[str, Any]) -> tuple[dict[str, float], float]:
