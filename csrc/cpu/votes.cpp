@@ -20,26 +20,28 @@ struct Vector {
   typedef A type __attribute__((vector_size(64), aligned(alignof(A)), may_alias));
 };
 
-// The largest number, in four accumulators, since one waits for itself; NaN is passed over.
+// The largest number, in four accumulators, since one waits for itself; NaN is passed over. The
+// last vectors begin where they end with the numbers: single ones would take as long as all the
+// others.
 template <class A>
 MTKD_INLINE A largest_loop(const A* x, int64_t n) {
   using V = typename Vector<A>::type;
-  constexpr int64_t kLanes = 64 / sizeof(A);
-  constexpr A kLeast = -std::numeric_limits<A>::infinity();
-  A most = kLeast;
-  int64_t i = 0;
-  if (n >= 4 * kLanes) {
-    V a = V{} + kLeast, b = a, c = a, d = a;
-    for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-      const V* at = reinterpret_cast<const V*>(x + i);
-      a = at[0] > a ? at[0] : a, b = at[1] > b ? at[1] : b;
-      c = at[2] > c ? at[2] : c, d = at[3] > d ? at[3] : d;
-    }
-    a = a > b ? a : b, c = c > d ? c : d, a = a > c ? a : c;
-    for (int64_t k = 0; k < kLanes; ++k) most = a[k] > most ? a[k] : most;
+  constexpr int64_t kLanes = 64 / sizeof(A), kStep = 4 * kLanes;
+  A most = -std::numeric_limits<A>::infinity();
+  if (n < kStep) {
+    for (int64_t i = 0; i < n; ++i) most = x[i] > most ? x[i] : most;
+    return most;
   }
-  for (; i < n; ++i) most = x[i] > most ? x[i] : most;
-  return most;
+  V a = V{} + most, b = a, c = a, d = a;
+  for (int64_t i = 0; i < n; i += kStep) {
+    const V* at = reinterpret_cast<const V*>(x + std::min(i, n - kStep));
+    a = at[0] > a ? at[0] : a, b = at[1] > b ? at[1] : b;
+    c = at[2] > c ? at[2] : c, d = at[3] > d ? at[3] : d;
+  }
+  a = a > b ? a : b, c = c > d ? c : d, a = a > c ? a : c;
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t k = 0; k < half; ++k) a[k] = a[k] > a[k + half] ? a[k] : a[k + half];
+  return a[0];
 }
 
 // Where numbers are not below `most`, as NaN is not: how many, and the sum of their indices.
@@ -192,15 +194,21 @@ struct Kernel {
     return view(t).load(n, place(t), 0, classes, scratch);
   }
 
-  // Fetch the teacher two places on, be it the next row's.
-  void prefetch_after(int64_t n, int64_t t) const {
+  // Fetch the teacher two places on, be it the next row's. Inlined, since GCC drops calls of a
+  // function that does nothing else.
+  MTKD_INLINE void prefetch_after(int64_t n, int64_t t) const {
     t += 2;
     if (t >= voters) ++n, t -= voters;
     if (n >= rows || t >= voters) return;
-    const View& from = view(t);
+    prefetch(view(t), n, place(t));
+  }
+  MTKD_INLINE void prefetch_student(int64_t n) const {
+    if (n < rows) prefetch(student, n, 0);
+  }
+  MTKD_INLINE void prefetch(const View& from, int64_t n, int64_t t) const {
     const int64_t bytes = classes * from.item;
     if (from.column != 1 || bytes > kPrefetched) return;
-    const char* source = from.at(n, place(t), 0);
+    const char* source = from.at(n, t, 0);
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(source + i);
   }
 };
@@ -266,6 +274,7 @@ struct Row {
     for (int64_t j = 0; j < in.classes; j += kBlock)
       sum += student_part(s + j, most, std::min(kBlock, in.classes - j), excess + j, grad + j);
     log_sum = std::log(sum);
+    in.prefetch_student(n + 1);
     if (!in.grad) return;
     A total = 0;
     for (int64_t k = 0; k < in.columns; ++k) total += coefficient(k);
@@ -276,14 +285,14 @@ struct Row {
   int64_t decision(int64_t t) {
     in.prefetch_after(n, t);
     const A* x = in.logits(n, t, read);
+    constexpr A kLeast = -std::numeric_limits<A>::infinity();
     const A most = largest(x, in.classes);
     const Matches<A> found = matches(x, in.classes, most);
-    if (found.count == 1 && most > -std::numeric_limits<A>::infinity())
-      return static_cast<int64_t>(found.indices);
+    if (found.count == 1 && most > kLeast) return static_cast<int64_t>(found.indices);
     several.clear();
     for (int64_t c = 0; c < in.classes; ++c) {
       if (x[c] == most) several.push_back(c);
-      if (x[c] != x[c] || most == -std::numeric_limits<A>::infinity()) return several.clear(), -1;
+      if (x[c] != x[c] || most == kLeast) return several.clear(), -1;
     }
     return -1;
   }
