@@ -78,12 +78,13 @@ LOSSES: tuple[Loss, ...] = (
 
 # Which kernels serve a row loss on a GPU, "triton" or "compiled": the measured faster of the two,
 # and Triton where nothing has been measured.
-ON_GPU = {"gaussian_nll": "triton", "alignment": "triton"}
+ON_GPU = {"gaussian_nll": "triton", "alignment": "triton", "majority_vote": "triton"}
 
 _FAMILIES = {  # files of mtkd/triton
     "gaussian_nll": "gaussian",
     "linear_gaussian_nll": "linear_gaussian",
     "alignment": "alignment",
+    "majority_vote": "votes",
     "scale_": "common",
 }
 _WITH_TRITON = find_spec("triton") is not None
