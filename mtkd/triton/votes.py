@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .common import RowLoss, accumulate_type, as_bytes, on_device_of, strides
 
-TIED = tl.constexpr(1e-5)  # shares of a vote that differ relatively by less are equal
+TIED = tl.constexpr(1 - 1e-5)  # of the largest share of a vote; what has as much is its equal
 SEVERAL, NOBODY = tl.constexpr(-1), tl.constexpr(-2)  # in place of a vote's one class
 WHOLE = 4096  # classes that a block may hold, all of a row
 BLOCK = 2048  # of longer rows
@@ -323,7 +323,7 @@ def _kernel(
                     ALIGNED,
                     BLOCK,
                 )
-            won = inside & (q >= (1 - TIED) * best)
+            won = inside & (q >= best * TIED)
             shared += tl.sum(won.to(ACC), 0)
             mean += tl.sum(tl.where(won, excess, 0.0), 0)
         mean /= shared
@@ -352,7 +352,7 @@ def _kernel(
                     BLOCK,
                 )
             if TOGETHER and HARD:
-                q = tl.where(q >= (1 - TIED) * best, worth, 0.0) / shared
+                q = tl.where(q >= best * TIED, worth, 0.0) / shared
             elif TOGETHER:
                 q *= worth
             grad = worth / total * tl.exp(excess) - q
