@@ -41,8 +41,10 @@ def _product(q, s):
 def _offset(offsets, teacher_t, t, ALIGNED: tl.constexpr):
     """Return where a teacher's logits begin: at equal distances, or where a table says."""
     if offsets is None:
-        return (tl.zeros([], tl.int64) + t) * teacher_t
-    return tl.multiple_of(tl.load(offsets + t), ALIGNED)
+        offset = (tl.zeros([], tl.int64) + t) * teacher_t
+    else:
+        offset = tl.multiple_of(tl.load(offsets + t), ALIGNED)
+    return offset
 
 
 @triton.jit
@@ -60,9 +62,11 @@ def _whole_vote(x, scale, HARD: tl.constexpr):
     """Return a teacher's vote, where a block holds every class; NaN where there is none."""
     if HARD:
         _, tied, times = _decision(x)
-        return tied.to(x.dtype) / times
-    e = tl.exp((x - tl.max(x, 0)) * scale)
-    return e / tl.sum(e, 0)
+        vote = tied.to(x.dtype) / times
+    else:
+        e = tl.exp((x - tl.max(x, 0)) * scale)
+        vote = e / tl.sum(e, 0)
+    return vote
 
 
 @triton.jit
