@@ -6,6 +6,7 @@ the same dispatcher; where there is a GPU, the kernels for it are further implem
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -40,8 +41,10 @@ class Implementation:
 
     def _there_and_back(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            here = [x for x in args if isinstance(x, torch.Tensor)]
-            there = {id(x): x.to(self.device) for x in here}
+            lists = [x for x in args if isinstance(x, list)]
+            here = [x for x in chain(args, *lists) if isinstance(x, torch.Tensor)]
+            there: dict[int, Any] = {id(x): x.to(self.device) for x in here}
+            there |= {id(each): [there.get(id(x), x) for x in each] for each in lists}
             result = function(*(there.get(id(x), x) for x in args))
             for x in here:
                 x.copy_(there[id(x)])  # what it wrote
