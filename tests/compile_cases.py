@@ -195,7 +195,7 @@ MESSAGES = (
     Messages("consensus-trimmed", 8, trim=0.25, shape=(5, 3, 7, 11), dtypes=EVERY),
     Messages("consensus-cshift", 13, kernel=2, scaled=True),
     Messages("consensus-mean-shift", 13, trim=0.0, kernel=3, weight="elements", dtypes=EVERY),
-    Messages("consensus-most", 16, kernel=1, weight="elements", dtypes=EVERY),
+    Messages("consensus-most", 16, kernel=1, weight="elements", dtypes=(torch.float32,)),
 )
 
 

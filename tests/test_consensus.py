@@ -10,6 +10,8 @@ from cases import INTERPRETED
 from torch.library import opcheck
 
 import mtkd.functional as F
+from benchmarks import consensus as consensus_benchmark
+from benchmarks.measure import CpuClock
 from mtkd import ops
 from mtkd.reference import consensus as formulas
 from mtkd.testing import assert_close, poisoned_memory
@@ -531,6 +533,20 @@ ERRORS = [
 def test_errors_name_the_argument(changes, error, text):
     with pytest.raises(error, match=text):
         F.consensus(**{"messages": X} | changes)
+
+
+@pytest.mark.parametrize("name", consensus_benchmark.VOTES)
+def test_benchmarked_votes_are_right(name):
+    row = consensus_benchmark.run(name, CpuClock(), budget=0.0, small=True)
+    assert row["faster"] > 0
+
+
+def test_a_wrong_vote_has_no_speed(monkeypatch):
+    right = F.consensus
+    ones = torch.ones(8, 3, 12, 12)
+    monkeypatch.setattr(F, "consensus", lambda *x, **y: right(*x, **y)._replace(consensus=ones))
+    with pytest.raises(RuntimeError, match=r"median: error .* no speed"):
+        consensus_benchmark.run("median", CpuClock(), budget=0.0, small=True)
 
 
 def test_a_kernel_is_registered():

@@ -26,7 +26,13 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/losses/gaussian.md", "docs/losses/alignment.md"]
+    "page",
+    [
+        "README.md",
+        "docs/losses/gaussian.md",
+        "docs/losses/alignment.md",
+        "docs/losses/consensus.md",
+    ],
 )
 def test_python_examples_run(page):
     for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL):
@@ -46,6 +52,7 @@ def test_docstring_examples(name):
         "functional.linear_gaussian_nll",
         "functional.alignment",
         "functional.linear_alignment",
+        "functional.consensus",
         "nn.GaussianHeads",
     ],
 )
