@@ -213,6 +213,14 @@ if _INTERPRETED and not _WITH_TRITON:
     raise ImportError("TRITON_INTERPRET=1: expected Triton to be installed; pip install triton")
 
 
+def _consensus_on_gpu(messages: list[torch.Tensor], *args: Any) -> Any:
+    """The kernel for as many messages as it takes; the formula for more, and for classes."""
+    class_dim = args[4]
+    if class_dim is not None or len(messages) > _triton_file("consensus").MOST:
+        return consensus_formulas.consensus(messages, *args)
+    return triton_kernel("consensus", "consensus")(messages, *args)
+
+
 def _serve() -> dict[tuple[str, str], str]:
     """Register the kernels for GPUs; return what serves row losses, by loss and device type."""
     served = {(x.name, "cpu"): "compiled" for x in LOSSES if _has_kernel(f"mtkd::{x.name}", "CPU")}
@@ -224,6 +232,8 @@ def _serve() -> dict[tuple[str, str], str]:
     scale_ = triton_kernel("scale_", "scale_") if _WITH_TRITON else _compiled("scale_")
     if scale_ is not None:
         implement("scale_", _GPU.upper(), scale_)
+    if _WITH_TRITON:
+        implement("consensus", _GPU.upper(), _consensus_on_gpu)
     return served
 
 

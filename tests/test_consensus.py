@@ -10,19 +10,29 @@ from cases import INTERPRETED
 from torch.library import opcheck
 
 import mtkd.functional as F
+from benchmarks import consensus as consensus_benchmark
+from benchmarks.measure import CpuClock
 from mtkd import ops
 from mtkd.reference import consensus as formulas
 from mtkd.testing import assert_close, poisoned_memory
 
 NAN, INF = float("nan"), float("inf")
 DOUBLE = torch.float64
-COUNTS = (1, 2, 3, 6, 13, 16, 17, 40)
+# the interpreter is slow: one network, and no more messages than the kernel takes
+COUNTS = (1, 2, 13) if INTERPRETED else (1, 2, 3, 6, 13, 16, 17, 40)
+FEW = (2, 13) if INTERPRETED else (1, 2, 13, 40)
+SIZE = 133 if INTERPRETED else 333  # elements: more than a block, and not a multiple of it
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 METHODS = ("mean", "median", "trimmed_mean")
 KERNELS = ("flat", "linear", "gaussian")
 TRIM = 0.2
 NEAR = 0.5301  # which no distance is
 
+
+# NumPy, which interprets kernels, warns of what a GPU does silently
+pytestmark = pytest.mark.filterwarnings(
+    *(f"ignore:{what} encountered:RuntimeWarning" for what in ("invalid value", "overflow"))
+)
 
 # The definition, one element at a time
 
@@ -157,16 +167,16 @@ def check(made, expected, dtype, shares=True):
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("weighted", [None, "messages", "elements"])
 def test_votes_are_the_definition(count, method, weighted, dtype):
-    messages = draw(count, 555, dtype=dtype, abstain=0.1 if weighted == "elements" else 0.0)
+    messages = draw(count, SIZE, dtype=dtype, abstain=0.1 if weighted == "elements" else 0.0)
     weight = {
         None: None,
         "messages": weights_of(count) + 0.25,
-        "elements": weights_of(count, 555),
+        "elements": weights_of(count, SIZE),
     }[weighted]
     with poisoned_memory():
         made = F.consensus(messages, method=method, weight=weight, bandwidth=NEAR, trim=TRIM)
     full = torch.ones(count) if weight is None else weight
-    full = full.reshape(count, -1).expand(count, 555)
+    full = full.reshape(count, -1).expand(count, SIZE)
     check(made, by_loop(messages, full, method, None, NEAR, 0), dtype, shares=False)
     counted = (full if weighted == "elements" else full[:, 0]).sum(0) > 0
     torch.testing.assert_close(made.weights.sum(0), counted.to(made.weights.dtype))
@@ -175,14 +185,14 @@ def test_votes_are_the_definition(count, method, weighted, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kernel", "iterations"), list(product(KERNELS, (1, 3))))
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("count", [1, 2, 13, 40])
+@pytest.mark.parametrize("count", FEW)
 def test_mean_shift_is_the_definition(count, method, kernel, iterations, dtype):
     # few steps, of numbers whose centers are exact, or a flat kernel's edge could decide otherwise
     if method != "median" and kernel != "gaussian":
         iterations = 1
-    messages = draw(count, 333, dtype=dtype, abstain=0.1)
+    messages = draw(count, SIZE, dtype=dtype, abstain=0.1)
     start = messages[0].nan_to_num() if method != "median" else None
-    weight = weights_of(count, 333) if kernel == "flat" else None
+    weight = weights_of(count, SIZE) if kernel == "flat" else None
     bandwidth = 1.0301
     with poisoned_memory():
         made = F.consensus(
@@ -195,7 +205,7 @@ def test_mean_shift_is_the_definition(count, method, kernel, iterations, dtype):
             trim=TRIM,
             start=start,
         )
-    full = torch.ones(count, 333) if weight is None else weight
+    full = torch.ones(count, SIZE) if weight is None else weight
     expected = by_loop(messages, full, method, kernel, bandwidth, iterations, start)
     if dtype == DOUBLE or method == "median":
         check(made, expected, dtype)
@@ -525,6 +535,20 @@ def test_errors_name_the_argument(changes, error, text):
         F.consensus(**{"messages": X} | changes)
 
 
-def test_the_interpreter_runs_the_kernel_of_gpus():
+@pytest.mark.parametrize("name", consensus_benchmark.VOTES)
+def test_benchmarked_votes_are_right(name):
+    row = consensus_benchmark.run(name, CpuClock(), budget=0.0, small=True)
+    assert row["faster"] > 0
+
+
+def test_a_wrong_vote_has_no_speed(monkeypatch):
+    right = F.consensus
+    ones = torch.ones(8, 3, 12, 12)
+    monkeypatch.setattr(F, "consensus", lambda *x, **y: right(*x, **y)._replace(consensus=ones))
+    with pytest.raises(RuntimeError, match=r"median: error .* no speed"):
+        consensus_benchmark.run("median", CpuClock(), budget=0.0, small=True)
+
+
+def test_a_kernel_is_registered():
     kernel = torch._C._dispatch_has_kernel_for_dispatch_key("mtkd::consensus", "CPU")
     assert kernel == (INTERPRETED or ops.extension is not None)
