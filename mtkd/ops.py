@@ -149,6 +149,7 @@ _FAMILIES = {  # files of mtkd/triton
     "alignment": "alignment",
     "majority_vote": "votes",
     "kl_div": "divergence",
+    "consensus": "consensus",
     "scale_": "common",
 }
 _WITH_TRITON = find_spec("triton") is not None

@@ -52,6 +52,7 @@ def test_docstring_examples(name):
         "functional.linear_gaussian_nll",
         "functional.alignment",
         "functional.linear_alignment",
+        "functional.consensus",
         "functional.kl_div",
         "functional.linear_kl_div",
         "functional.majority_vote",
