@@ -136,12 +136,7 @@ LOSSES: tuple[Loss, ...] = (
 
 # Which kernels serve a row loss on a GPU, "triton" or "compiled": the measured faster of the two,
 # and Triton where nothing has been measured.
-ON_GPU = {
-    "gaussian_nll": "triton",
-    "alignment": "triton",
-    "majority_vote": "triton",
-    "kl_div": "triton",
-}
+ON_GPU = {"gaussian_nll": "triton", "alignment": "triton"}
 
 _FAMILIES = {  # files of mtkd/triton
     "gaussian_nll": "gaussian",

@@ -20,8 +20,9 @@ from .common import RowLoss, accumulate_type, as_bytes, on_device_of, strides
 TIED = tl.constexpr(1 - 1e-5)  # of the largest share of a vote; what has as much is its equal
 SEVERAL, NOBODY = tl.constexpr(-1), tl.constexpr(-2)  # in place of a vote's one class
 WHOLE = 4096  # classes that a block may hold, all of a row
-BLOCK = 2048  # of longer rows
+BLOCK = 1024  # of longer rows
 HELD = 16  # numbers of a block that a lane holds
+MOST = 8  # warps
 
 
 @triton.jit
@@ -439,7 +440,7 @@ def _launch(
             ALIGNED=aligned,
             TEACHERS=triton.next_power_of_2(count),
             BLOCK=block,
-            num_warps=max(1, min(8, block // (32 * HELD >> double))),
+            num_warps=max(1, min(MOST, block // (32 * HELD >> double))),
         )
 
 
