@@ -142,7 +142,6 @@ _FAMILIES = {  # files of mtkd/triton
     "gaussian_nll": "gaussian",
     "linear_gaussian_nll": "linear_gaussian",
     "alignment": "alignment",
-    "majority_vote": "votes",
     "kl_div": "divergence",
     "consensus": "consensus",
     "scale_": "common",
