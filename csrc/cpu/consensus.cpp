@@ -6,8 +6,8 @@
 #include <tuple>
 
 #include "consensus_loops.h"
-#include "nest.h"
 #include "consensus_votes.h"
+#include "nest.h"
 
 namespace mtkd::cpu {
 namespace {
