@@ -50,9 +50,9 @@ def _served(measured: bool) -> str:
     """Which implementation serves each loss on a GPU."""
     from mtkd.ops import ON_GPU
 
-    losses = ", ".join(f"`{loss}` runs on {kernels} kernels" for loss, kernels in ON_GPU.items())
+    losses = ", ".join(f"`{loss}` by {kernels}" for loss, kernels in ON_GPU.items())
     why = "the measured faster" if measured else "until both implementations have been measured"
-    return f"On a GPU {losses.replace('triton', 'Triton')}: {why}."
+    return f"On a GPU row losses are served so, {why}: {losses.replace('triton', 'Triton')}."
 
 
 def _asked_table(kind: str, data: dict[str, Any] | None) -> str:
