@@ -26,7 +26,8 @@ from .common import (
 )
 
 INF = tl.constexpr(float("inf"))
-KEPT = 6  # numbers of a row and teacher that the second kernel reads
+TINY = tl.constexpr(1.1754943508222875e-38)  # a mixture that is less adds nothing to any sum
+KEPT = 7  # numbers of a row and teacher that the second kernel reads
 
 
 @triton.jit
@@ -40,6 +41,16 @@ def _difference(weight, x, y):
     """Return x - y, and 0 without a weight, where both may be -inf."""
     none = weight == 0.0
     return tl.where(none, 0.0, x) - tl.where(none, 0.0, y)
+
+
+@triton.jit
+def _reciprocal(x):
+    """Return 1 / x for float32's normal numbers; in float64 by Newton's steps, not by a call."""
+    if x.dtype == tl.float64:
+        y = (1.0 / x.to(tl.float32)).to(tl.float64)
+        y *= 2.0 - x * y
+        return y * (2.0 - x * y)
+    return 1.0 / x
 
 
 @triton.jit
@@ -81,15 +92,16 @@ def _sums(
     REVERSE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Return each side's largest logit and sum of exponentials, and the terms' sums.
+    """Return each side's largest logit, 1 / its sum of exponentials, and its term of the loss.
 
-    These are of exponentials times (teacher's exponent - student's).
+    That sum's reciprocal is 0 for a side without any class. Last comes log Z_T / Z_S, of the sums
+    that exp(logit / temperature) has; without it and the terms for a mixture.
     """
     ACC: tl.constexpr = inverse.dtype
     none = tl.full([counted.shape[0]], -INF, ACC)
-    zero = tl.zeros([counted.shape[0]], ACC)
-    s_largest, t_largest, s_total, t_total = none, none, zero, zero
-    forward, reverse = zero, zero
+    s_largest, t_largest = none, none
+    s_total = tl.zeros([counted.shape[0], COLUMNS], ACC)  # by lane: added up when all is read
+    t_total, forward, reverse = s_total, s_total, s_total
     for start in range(0, width, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[None, :]
         s, t = _read(
@@ -100,31 +112,38 @@ def _sums(
         a, b = (s - s_base[:, None]) * inverse, (t - t_base[:, None]) * inverse
         p, q = tl.exp(a), tl.exp(b)
         if FORWARD:
-            moved = forward + _weighted(t_total, t_shift - s_shift)
-            forward = _weighted(t_scale, moved) + tl.sum(q * _difference(q, b, a), 1)
+            moved = forward + _weighted(t_total, (t_shift - s_shift)[:, None])
+            forward = _weighted(t_scale[:, None], moved) + q * _difference(q, b, a)
         if REVERSE:
-            moved = reverse + _weighted(s_total, t_shift - s_shift)
-            reverse = _weighted(s_scale, moved) + tl.sum(p * _difference(p, b, a), 1)
-        s_total = s_total * s_scale + tl.sum(p, 1)
-        t_total = t_total * t_scale + tl.sum(q, 1)
+            moved = reverse + _weighted(s_total, (t_shift - s_shift)[:, None])
+            reverse = _weighted(s_scale[:, None], moved) + p * _difference(p, b, a)
+        s_total = s_total * s_scale[:, None] + p
+        t_total = t_total * t_scale[:, None] + q
+    s_total, t_total = tl.sum(s_total, 1), tl.sum(t_total, 1)
+    forward, reverse = tl.sum(forward, 1), tl.sum(reverse, 1)
     s_largest = tl.where(s_largest == -INF, 0.0, s_largest)
     t_largest = tl.where(t_largest == -INF, 0.0, t_largest)
-    return s_largest, s_total, t_largest, t_total, forward, reverse
+    empty = (s_total == 0.0) | (t_total == 0.0)
+    s_share = tl.where(empty, 0.0, _reciprocal(tl.where(empty, 1.0, s_total)))
+    t_share = tl.where(empty, 0.0, _reciprocal(tl.where(empty, 1.0, t_total)))
+    log = tl.log(tl.where(empty, 1.0, t_total * s_share))
+    s_term = log - _weighted(s_share, reverse)
+    t_term = _weighted(t_share, forward) - log
+    log += (t_largest - s_largest) * inverse
+    return s_largest, s_share, t_largest, t_share, s_term, t_term, log
 
 
 @triton.jit
 def _log_ratios(p, q, forward, reverse):
     """Return log p / m and log q / m with the mixture m; 0 where the probability is 0."""
     mixture = forward * q + reverse * p
-    tiny = 2.2250738585072014e-308 if p.dtype == tl.float64 else 1.1754943508222875e-38
-    inverse = 1.0 / tl.where(mixture < tiny, tiny, mixture)
+    inverse = _reciprocal(tl.where(mixture < TINY, TINY, mixture))
     x, y = tl.where(p == 0.0, 1.0, p * inverse), tl.where(q == 0.0, 1.0, q * inverse)
     return tl.log(x), tl.log(y)
 
 
 @triton.jit
-def _probabilities(logits, largest, total, inverse):
-    share = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+def _probabilities(logits, largest, share, inverse):
     return tl.exp((logits - largest[:, None]) * inverse) * share[:, None]
 
 
@@ -139,9 +158,9 @@ def _ratios(
     width,
     counted,
     s_largest,
-    s_total,
+    s_share,
     t_largest,
-    t_total,
+    t_share,
     inverse,
     forward,
     reverse,
@@ -156,8 +175,8 @@ def _ratios(
         s, t = _read(
             student, teacher, bias, student_d, teacher_d, bias_d, column, width, counted, ACC
         )
-        p = _probabilities(s, s_largest, s_total, inverse)
-        q = _probabilities(t, t_largest, t_total, inverse)
+        p = _probabilities(s, s_largest, s_share, inverse)
+        q = _probabilities(t, t_largest, t_share, inverse)
         x, y = _log_ratios(p, q, forward, reverse)
         to_student += p * x
         to_teacher += q * y
@@ -179,11 +198,12 @@ def _gradients(
     s,
     t,
     s_largest,
-    s_total,
+    s_share,
     t_largest,
-    t_total,
+    t_share,
     s_term,
     t_term,
+    log,
     grad,
     inverse,
     forward,
@@ -194,8 +214,8 @@ def _gradients(
 ):
     """Return a block's gradients to student and teacher; `grad` is 0 where nothing is learned."""
     learned = grad != 0.0  # the other rows' losses may be infinite
-    p = tl.where(learned[:, None], _probabilities(s, s_largest, s_total, inverse), 0.0)
-    q = tl.where(learned[:, None], _probabilities(t, t_largest, t_total, inverse), 0.0)
+    p = tl.where(learned[:, None], _probabilities(s, s_largest, s_share, inverse), 0.0)
+    q = tl.where(learned[:, None], _probabilities(t, t_largest, t_share, inverse), 0.0)
     s_term, t_term = tl.where(learned, s_term, 0.0), tl.where(learned, t_term, 0.0)
     to_forward, to_reverse = grad * forward, grad * reverse
     if MIXTURE:
@@ -203,17 +223,9 @@ def _gradients(
         to_student = to_reverse[:, None] * (p * (x - s_term[:, None]))
         to_teacher = to_forward[:, None] * (q * (y - t_term[:, None]))
     else:
-        log = (t_largest - s_largest) * inverse + _log_of_ratio(t_total, s_total)
         to_student = _own(p, q, s, t, s_term, to_reverse, to_forward, log, inverse, REVERSE)
         to_teacher = _own(q, p, t, s, t_term, to_forward, to_reverse, -log, inverse, FORWARD)
     return to_student, to_teacher
-
-
-@triton.jit
-def _log_of_ratio(x, y):
-    """Return log x / y; 0 where a side is empty."""
-    empty = (x == 0.0) | (y == 0.0)
-    return tl.log(tl.where(empty, 1.0, x) / tl.where(empty, 1.0, y))
 
 
 @triton.jit
@@ -269,17 +281,14 @@ def _kernel(
     counted = inside
     if mask is not None:
         counted &= tl.load(mask + row * mask_n + which * mask_t, mask=inside, other=0) != 0
-    forward = tl.full([], forward, ACC)
-    reverse = tl.full([], reverse, ACC)
     inverse = tl.full([], inverse, ACC)
-    scale = tl.full([], scale, ACC)
     wide = (end - begin).to(tl.int32)
     own = begin * 0 if SHARED else begin
     student += row * student_n + own * student_d
     teacher += row * teacher_n + begin * teacher_d
     if bias is not None:
         bias += own * bias_d
-    s_largest, s_total, t_largest, t_total, t_sum, s_sum = _sums(
+    s_largest, s_share, t_largest, t_share, s_term, t_term, log = _sums(
         student,
         teacher,
         bias,
@@ -293,7 +302,9 @@ def _kernel(
         REVERSE and not MIXTURE,
         COLUMNS,
     )
-    empty = (s_total == 0.0) | (t_total == 0.0)
+    forward = tl.full([], forward, ACC)
+    reverse = tl.full([], reverse, ACC)
+    scale = tl.full([], scale, ACC)
     if MIXTURE:
         t_term, s_term = _ratios(
             student,
@@ -305,24 +316,20 @@ def _kernel(
             wide,
             counted,
             s_largest,
-            s_total,
+            s_share,
             t_largest,
-            t_total,
+            t_share,
             inverse,
             forward,
             reverse,
             COLUMNS,
         )
-    else:
-        log = _log_of_ratio(t_total, s_total)
-        t_term = t_sum / tl.where(empty, 1.0, t_total) - log
-        s_term = log - s_sum / tl.where(empty, 1.0, s_total)
     loss = tl.zeros([ROWS], ACC)
     if FORWARD:
         loss += forward * t_term
     if REVERSE:
         loss += reverse * s_term
-    loss = tl.where(empty, INF, loss)
+    loss = tl.where(s_share == 0.0, INF, loss)
     if matrix is not None:
         tl.store(matrix + row * count + which, tl.where(counted, scale * loss, 0.0), mask=inside)
     if coefficient is not None:
@@ -333,11 +340,12 @@ def _kernel(
             kept += row * count + which
             step = rows.to(tl.int64) * count
             tl.store(kept, s_largest, mask=inside)
-            tl.store(kept + step, s_total, mask=inside)
+            tl.store(kept + step, s_share, mask=inside)
             tl.store(kept + 2 * step, t_largest, mask=inside)
-            tl.store(kept + 3 * step, t_total, mask=inside)
+            tl.store(kept + 3 * step, t_share, mask=inside)
             tl.store(kept + 4 * step, s_term, mask=inside)
-            tl.store(kept + 5 * step, grad, mask=inside)
+            tl.store(kept + 5 * step, log, mask=inside)
+            tl.store(kept + 6 * step, grad, mask=inside)
         if student_grad is not None or teacher_grad is not None:
             if student_grad is not None:
                 student_grad += row * student_grad_n + begin * student_grad_d
@@ -352,11 +360,12 @@ def _kernel(
                     s,
                     t,
                     s_largest,
-                    s_total,
+                    s_share,
                     t_largest,
-                    t_total,
+                    t_share,
                     s_term,
                     t_term,
+                    log,
                     grad,
                     inverse,
                     forward,
@@ -424,11 +433,12 @@ def _shared_kernel(
         if mask is not None:
             counted &= tl.load(mask, mask=inside, other=0) != 0
         s_largest = tl.load(at, mask=inside, other=0.0)
-        s_total = tl.load(at + step, mask=inside, other=1.0)
+        s_share = tl.load(at + step, mask=inside, other=0.0)
         t_largest = tl.load(at + 2 * step, mask=inside, other=0.0)
-        t_total = tl.load(at + 3 * step, mask=inside, other=1.0)
+        t_share = tl.load(at + 3 * step, mask=inside, other=0.0)
         s_term = tl.load(at + 4 * step, mask=inside, other=0.0)
-        grad = tl.load(at + 5 * step, mask=inside, other=0.0)
+        log = tl.load(at + 5 * step, mask=inside, other=0.0)
+        grad = tl.load(at + 6 * step, mask=inside, other=0.0)
         s, t = _read(
             student,
             teacher,
@@ -445,11 +455,12 @@ def _shared_kernel(
             s,
             t,
             s_largest,
-            s_total,
+            s_share,
             t_largest,
-            t_total,
+            t_share,
             s_term,
             s_term,
+            log,
             grad,
             inverse,
             forward,
