@@ -8,7 +8,7 @@ TRITON := 3.7.1
 ARGS :=
 
 # Test files that run on Triton's interpreter as well, in place of the compiled kernels.
-INTERPRETED := tests/test_operators.py tests/test_linear.py
+INTERPRETED := tests/test_operators.py tests/test_linear.py tests/test_consensus.py
 
 VENV := .venv
 RUN := $(VENV)/bin/python

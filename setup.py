@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET_VERSION = "0x020a000000000000"
 # Never -ffast-math: it makes the whole process flush subnormal numbers to zero.
 CXX_FLAGS = [
+    f"-ffile-prefix-map={ROOT}=mtkd",  # messages name the file, not where it was built
     "-O3",
     "-g0",
     "-std=c++17",

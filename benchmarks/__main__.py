@@ -136,7 +136,8 @@ def compared(options: argparse.Namespace) -> int:
     wrong = 0
     small = (case.shrunk(*CHECKED) for case in chosen(options))
     for case in {case.name: case for case in small}.values():
-        draw = Draw(options.device, dtype_of(options), options.seed)
+        dtype = getattr(torch, case.dtype, dtype_of(options))
+        draw = Draw(options.device, dtype, options.seed)
         result = check.checked(case, draw, case.rows)
         verdict = check.verdict(result)
         print(f"{case.name}: {verdict or report.errors(result)}", flush=True)

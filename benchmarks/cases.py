@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 ROWS, FUSED, ALIGNED = "gaussian_nll", "linear_gaussian_nll", "alignment"
-KL, FUSED_KL = "kl_div", "linear_kl_div"
-LOSSES = (ROWS, FUSED, ALIGNED, KL, FUSED_KL)
+VOTES, KL, FUSED_KL = "majority_vote", "kl_div", "linear_kl_div"
+LOSSES = (ROWS, FUSED, ALIGNED, VOTES, KL, FUSED_KL)
 # quantities of which little is asked; every other one should be large
 AT_MOST = {"milliseconds": "ms", "extra memory": "MiB", "host time": "us"}
 ERROR_LIMIT = {32: 1e-5, 16: 2.0}  # relative error; for 16 bits, in units of the least possible
@@ -31,6 +31,8 @@ class Case:
     modes: int = 0
     masked: bool = False
     sequence: bool = False  # teachers given as separate tensors
+    dtype: str = ""  # of inputs, where it is not the device's usual one
+    vote: str = ""  # of majority_vote
     baselines: tuple[str, ...] = ()
     asked: dict[str, float] = field(default_factory=dict)  # "<regime> <quantity>" -> number
 
@@ -40,7 +42,9 @@ class Case:
         words = [f"{self.loss} {self.rows} x ({self.teachers} x {self.width})"]
         words += [f"H={self.features}"] * bool(self.features)
         words += [f"{self.modes} modes"] * bool(self.modes)
+        words += [self.vote] * bool(self.vote)
         words += ["masked"] * self.masked + ["a sequence"] * self.sequence
+        words += [self.dtype] * bool(self.dtype)
         return ", ".join(words)
 
     @property
@@ -58,10 +62,11 @@ class Case:
         """Whether a call is all overhead."""
         return self.numbers <= 64
 
-    def size(self) -> dict[str, int]:
+    def size(self) -> dict[str, Any]:
         """The sizes as JSON keeps them."""
         names = ("rows", "teachers", "width", "features", "modes", "masked", "sequence")
-        return {"loss": self.loss} | {name: int(getattr(self, name)) for name in names}
+        kind = {"vote": self.vote} if self.vote else {}
+        return {"loss": self.loss} | kind | {name: int(getattr(self, name)) for name in names}
 
     def shrunk(self, rows: int, teachers: int, width: int, features: int) -> "Case":
         """The same, no larger than these sizes."""
@@ -95,6 +100,12 @@ def _aligned(*size: int, baselines: tuple[str, ...] = ("eager", "loop"), **more)
     return Case(ALIGNED, *size, baselines=baselines, **more)
 
 
+def _voted(
+    *size: int, vote: str = "each", baselines: tuple[str, ...] = ("eager",), **more: Any
+) -> Case:
+    return Case(VOTES, *size, vote=vote, baselines=(*baselines, "read"), **more)
+
+
 def _kl(*size: int, baselines: tuple[str, ...] = ("eager", "loop", "compile"), **more) -> Case:  # type: ignore[no-untyped-def]
     return Case(KL, *size, baselines=baselines, **more)
 
@@ -102,6 +113,9 @@ def _kl(*size: int, baselines: tuple[str, ...] = ("eager", "loop", "compile"), *
 TEACHERS = (1, 4, 16, 64, 256, 1024)
 COMPILED = ("eager", "loop", "compile")
 GRAPHED = ("eager", "loop", "graph", "gemms")
+HARD_VOTE = {"cold compile": 3.5, "warm compile": 3.5, "cold read": 0.6, "cold extra memory": 16}
+SOFT_VOTE = {"cold compile": 4, "warm compile": 2, "cold extra memory": 16}
+VOTED = {"each": HARD_VOTE, "plurality": HARD_VOTE, "soft": SOFT_VOTE}
 
 CPU = (
     _rows(4, 1, 8, baselines=COMPILED, asked={"cold host time": 100}),
@@ -130,9 +144,33 @@ CPU = (
         4,
         768,
         baselines=COMPILED,
-        asked={"cold loop": 20, "cold compile": 2.5, "warm loop": 15, "warm compile": 2},
+        asked={
+            "cold loop": 20,
+            "cold compile": 2.5,
+            "cold extra memory": 1,
+            "warm loop": 15,
+            "warm compile": 2,
+            "warm extra memory": 1,
+        },
+    ),
+    _aligned(
+        6304,
+        4,
+        768,
+        dtype="bfloat16",
+        baselines=(*COMPILED, "float32"),
+        asked={"cold float32": 1, "warm float32": 1},
     ),
     *(_aligned(256, t, 64, baselines=COMPILED) for t in TEACHERS if t <= 256),
+    *(
+        _voted(2048, 32, 1000, vote=vote, baselines=("eager", "compile"), asked=asked)
+        for vote, asked in VOTED.items()
+    ),
+    *(
+        _voted(256, t, 100, vote=vote, baselines=("eager", "loop"))
+        for vote in ("each", "soft")
+        for t in TEACHERS
+    ),
     _kl(4096, 4, 1000, asked={"cold compile": 1.8, "warm compile": 1.8}),
     *(_kl(256, t, 100) for t in TEACHERS),
     _kl(4096, 256, 4),
@@ -163,6 +201,7 @@ GPU = (
     _rows(8192, 8, 1024, baselines=COMPILED, asked={"gpu floor": 0.85, "gpu compile": 1.3}),
     _rows(4, 1, 8, asked={"gpu host time": 80}),
     _aligned(25216, 4, 768, baselines=COMPILED),
+    *(_voted(4096, 32, 1000, vote=vote, baselines=("eager", "compile")) for vote in VOTED),
     _fused(4, 1, 8, 8),
     _rows(512, 1024, 16, baselines=(*COMPILED, "graph")),
     _rows(4096, 8, 512, modes=4, baselines=COMPILED),

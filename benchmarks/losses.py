@@ -1,13 +1,14 @@
 """Which inputs and formulas belong to which loss."""
 
-from . import alignment, divergence, gaussian
-from .cases import ALIGNED, FUSED, FUSED_KL, KL, ROWS, Case
+from . import alignment, divergence, gaussian, votes
+from .cases import ALIGNED, FUSED, FUSED_KL, KL, ROWS, VOTES, Case
 from .problem import Draw, Problem
 
 PROBLEMS: dict[str, type[Problem]] = {
     ROWS: gaussian.Rows,
     FUSED: gaussian.Fused,
     ALIGNED: alignment.Rows,
+    VOTES: votes.Rows,
     KL: divergence.Rows,
     FUSED_KL: divergence.Fused,
 }

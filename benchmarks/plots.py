@@ -86,10 +86,11 @@ def _figure(found: dict[str, Series], axis: str, data: dict[str, Any], target: P
         pyplot.close(figure)
 
 
-def _fixed(size: dict[str, int], axis: str) -> str:
+def _fixed(size: dict[str, Any], axis: str) -> str:
     words = {"rows": f"N={size['rows']}", "width": f"D_t={size['width']}"}
     words |= {"teachers": f"T={size['teachers']}", "features": f"H={size['features']}"}
-    return ", ".join(text for name, text in words.items() if name != axis and size[name])
+    sizes = [text for name, text in words.items() if name != axis and size[name]]
+    return ", ".join([size["vote"], *sizes] if "vote" in size else sizes)
 
 
 def _times(result: dict[str, Any]) -> tuple[dict[str, float], float]:

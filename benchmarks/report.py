@@ -5,7 +5,7 @@ from typing import Any
 
 from .cases import AT_MOST, Case
 
-BASELINES = ("eager", "loop", "compile", "graph", "gemms")
+BASELINES = ("eager", "loop", "compile", "graph", "gemms", "read", "float32")
 MIB = 2**20
 TOTAL = "forward + backward"
 
@@ -41,7 +41,7 @@ def shown(name: str, value: float) -> str:
     """A quantity as text, with its unit."""
     if name in AT_MOST:
         return f"{value:.3g} {AT_MOST[name]}" if value < 100 else f"{value:.0f} {AT_MOST[name]}"
-    if name in ("gemms", "floor"):
+    if name in ("gemms", "floor", "read"):
         return f"{100 * value:.1f} %"
     return f"{value:.3g} x" if value < 100 else f"{value:.0f} x"
 
@@ -49,8 +49,10 @@ def shown(name: str, value: float) -> str:
 WORDS = {
     "gemms": "of its three GEMMs' speed",
     "floor": "of the copy floor",
+    "read": "of a bare read's speed",
     "graph": "faster than the loop in a CUDA graph",
     "compile": "faster than torch.compile",
+    "float32": "faster than with float32 inputs",
     "extra memory": "extra memory",
     "host time": "host time",
     "milliseconds": "time",

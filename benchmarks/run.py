@@ -9,7 +9,7 @@ from . import check, measure
 from .cases import FUSED, Case
 from .losses import problem
 from .measure import OURS, Clock, Step
-from .problem import Draw
+from .problem import Draw, Problem
 from .report import MIB, TOTAL
 
 CHECKED_ROWS = {"cpu": 256, "cuda": 1 << 14}  # float64 formulas are slow on a CPU
@@ -19,15 +19,20 @@ class Bench:
     """A case on a device: its sets of inputs, and its contenders."""
 
     def __init__(self, case: Case, clock: Clock, dtype: torch.dtype, seed: int):
-        self.case, self.clock, self.dtype, self.seed = case, clock, dtype, seed
-        first = problem(case, Draw(clock.device, dtype, seed))
-        nbytes = first.floor_bytes()
-        others = range(1, clock.sets_of(nbytes))
-        self.sets = [first, *(problem(case, Draw(clock.device, dtype, seed + i)) for i in others)]
+        self.case, self.clock, self.seed = case, clock, seed
+        self.dtype = getattr(torch, case.dtype, dtype)
+        first = self.draw(0, self.dtype)
+        others = range(1, clock.sets_of(first.floor_bytes()))
+        self.sets = [first, *(self.draw(i, self.dtype) for i in others)]
+        self.wide: list[Problem] = []
+
+    def draw(self, number: int, dtype: torch.dtype) -> Problem:
+        """One of the sets of inputs."""
+        return problem(self.case, Draw(self.clock.device, dtype, self.seed + number))
 
     def clear(self) -> None:
         """Forget all gradients."""
-        for p in self.sets:
+        for p in (*self.sets, *self.wide):
             p.clear()
 
     def steps(self, loss: Callable[[Any], Any]) -> list[Step]:
@@ -43,6 +48,8 @@ class Bench:
             "compile": self.compiled,
             "graph": self.graphs,
             "gemms": lambda: [p.gemms() for p in self.sets],
+            "float32": self.widened,
+            "read": lambda: [p.read for p in self.sets],
         }
         return {name: named[name] for name in (OURS, *self.case.baselines)}
 
@@ -50,6 +57,11 @@ class Bench:
         """The packed formula under torch.compile."""
         function = torch.compile(self.sets[0].formula)
         return self.steps(lambda p: function(*p.tensors()))
+
+    def widened(self) -> list[Step]:
+        """Ours on float32 inputs."""
+        self.wide = [self.draw(number, torch.float32) for number in range(len(self.sets))]
+        return [lambda p=p: p.ours().backward() for p in self.wide]
 
     def graphs(self) -> list[Step]:
         """The loop in CUDA graphs; gradients stay in the graph, nothing is accumulated."""
@@ -115,7 +127,7 @@ def memory(bench: Bench, blocks: dict[str, list[Step]]) -> dict[str, Any]:
     peaks = {}
     for name, steps in blocks.items():
         bench.clear()
-        if name not in ("graph", "gemms"):  # these hold theirs
+        if name not in ("graph", "gemms", "read"):  # these hold theirs, or need none
             peak = bench.clock.peak_bytes(steps[0])
             peaks[name] = None if peak is None else peak / MIB
     return {"memory_mib": peaks, "gradient_mib": bench.sets[0].gradient_bytes() / MIB}

@@ -85,11 +85,13 @@ MTKD_INLINE To bit_cast(From from) {
 
 #if defined(__CUDACC__)
 MTKD_INLINE float exponential(float x) { return expf(x); }
+MTKD_INLINE float exponential_within(float x) { return expf(x); }
 MTKD_INLINE float exponential_or_zero(float x) { return expf(x); }
 #else
-// exp from -87.34 to 88.75: x = k log 2 + r, a minimax polynomial for 2 exp(r), and 2^(k-1) made of
-// the rounding's low bits; 0 where x rounds to k = -126.
-MTKD_INLINE float exponential_inside(float x) {
+// exp for vector loops, of x between -87.34 and 88.75: x = k log 2 + r, a minimax polynomial for
+// 2 exp(r), and 2^(k-1) made of the rounding's low bits; 0 where x rounds to k = -126. Within 2 ulp
+// where the result is a normal number, NaN stays NaN.
+MTKD_INLINE float exponential_within(float x) {
   constexpr float kRound = 12582912.0f + 126.0f;  // 1.5 * 2^23 rounds to an integer; 126 biases it
   const float shifted = x * 1.44269504f + kRound;
   const float k = shifted - kRound;
@@ -104,20 +106,20 @@ MTKD_INLINE float exponential_inside(float x) {
   return p * bit_cast<float>(bit_cast<uint32_t>(shifted) << 23);
 }
 
-// exp for vector loops. Within 2 ulp where the result is a normal number; overflow gives inf,
-// results under 2e-38 are clamped there, NaN stays NaN.
+// Of any x: overflow gives inf, results under 2e-38 are clamped there.
 MTKD_INLINE float exponential(float x) {
   x = 88.75f < x ? 88.75f : x;
   x = -86.625f > x ? -86.625f : x;
-  return exponential_inside(x);
+  return exponential_within(x);
 }
 
 // Likewise of x <= 0, and 0 in place of results under 2e-38.
 MTKD_INLINE float exponential_or_zero(float x) {
-  return exponential_inside(-87.34f > x ? -87.34f : x);
+  return exponential_within(-87.34f > x ? -87.34f : x);
 }
 #endif
 MTKD_INLINE double exponential(double x) { return exp(x); }
+MTKD_INLINE double exponential_within(double x) { return exp(x); }
 MTKD_INLINE double exponential_or_zero(double x) { return exp(x); }
 
 #if defined(__CUDACC__)

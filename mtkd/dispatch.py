@@ -169,6 +169,14 @@ def implement(operator: str, key: str, kernel: Callable[..., Any]) -> None:
     _LIBRARY.impl(operator, kernel, key)
 
 
+def define_plain(schema: str, formula: Callable[..., Any]) -> Any:
+    """Define an operator without a gradient: its schema, and the formula that serves by default."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    implement(name, "CompositeExplicitAutograd", formula)
+    return getattr(torch.ops.mtkd, name).default
+
+
 def define(
     name: str,
     arguments: str,
@@ -338,14 +346,26 @@ def _sum_function(loss: Loss) -> Callable[..., Tensor]:
 
 
 def _save(ctx: Any, args: Sequence[Any], *more: Tensor) -> None:
-    ctx.settings = [None if isinstance(arg, Tensor) else arg for arg in args]
-    ctx.save_for_backward(*[arg if isinstance(arg, Tensor) else None for arg in args], *more)
+    """Save an operator's arguments, lists of tensors among them, and what its kernel made."""
+    ctx.lists = {i: len(arg) for i, arg in enumerate(args) if _are_tensors(arg)}
+    ctx.settings = [
+        None if isinstance(arg, Tensor) or i in ctx.lists else arg for i, arg in enumerate(args)
+    ]
+    tensors = [arg if isinstance(arg, Tensor) else None for arg in args]
+    ctx.save_for_backward(*tensors, *more, *(x for i in ctx.lists for x in args[i]))
 
 
 def _restore(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
-    tensors, settings = ctx.saved_tensors, ctx.settings
-    pairs = zip(tensors, settings, strict=False)
-    return [s if t is None else t for t, s in pairs], tensors[len(settings) :]
+    tensors, settings = list(ctx.saved_tensors), ctx.settings
+    args = [s if t is None else t for t, s in zip(tensors, settings, strict=False)]
+    for i, length in reversed(ctx.lists.items()):
+        args[i] = tensors[len(tensors) - length :]
+        del tensors[len(tensors) - length :]
+    return args, tuple(tensors[len(settings) :])
+
+
+def _are_tensors(argument: Any) -> bool:
+    return isinstance(argument, (list, tuple)) and any(isinstance(x, Tensor) for x in argument[:1])
 
 
 def _spread(loss: Loss, gradients: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:

@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
-from .dispatch import Loss, define, implement
+from .dispatch import Loss, define, define_plain, implement
 from .reference import alignment as alignment_formulas
+from .reference import consensus as consensus_formulas
 from .reference import divergence as divergence_formulas
 from .reference import gaussian as gaussian_formulas
+from .reference import mixtures as mixtures_formulas
+from .reference import votes as votes_formulas
 
 gaussian_nll = define(
     "gaussian_nll",
@@ -58,6 +61,34 @@ linear_alignment = define(
     saved=alignment_formulas.linear_alignment_saved,
 )
 
+majority_vote = define(
+    "majority_vote",
+    "Tensor? mask, int[] dims, Tensor student, Tensor[] teacher, Tensor? weight,"
+    " float temperature, bool hard",
+    differentiable=("student",),
+    formula=votes_formulas.majority_vote,
+    gradient=votes_formulas.majority_vote_gradient,
+    saved=votes_formulas.majority_vote_saved,
+)
+
+mixture_kl = define(
+    "mixture_kl",
+    "Tensor? mask, int[] dims, Tensor student, Tensor[] teacher, Tensor weight, Tensor? counted,"
+    " float temperature, float scale",
+    differentiable=("student", "weight"),
+    formula=mixtures_formulas.mixture_kl,
+    gradient=mixtures_formulas.mixture_kl_gradient,
+)
+
+dirichlet_mixture = define(
+    "dirichlet_mixture",
+    "Tensor? mask, int[] dims, Tensor student, Tensor[] teacher, Tensor weight, Tensor? counted,"
+    " Tensor concentration",
+    differentiable=("student", "weight", "concentration"),
+    formula=mixtures_formulas.dirichlet_mixture,
+    gradient=mixtures_formulas.dirichlet_mixture_gradient,
+)
+
 _DIVERGENCE = "float forward, float reverse, bool mixture, float temperature, float scale"
 
 kl_div = define(
@@ -80,23 +111,39 @@ linear_kl_div = define(
     saved=divergence_formulas.linear_kl_div_saved,
 )
 
+consensus = define_plain(  # of messages, a target: it has no gradient
+    "consensus(Tensor[] messages, Tensor? weight, Tensor? start, Tensor? low, Tensor? unit,"
+    " int? class_dim, bool logits, float trim, int kernel, float bandwidth, int iterations)"
+    " -> (Tensor, Tensor, Tensor)",
+    consensus_formulas.consensus,
+)
+consensus_spread = define_plain(
+    "consensus_spread(Tensor[] messages, Tensor center) -> (Tensor, Tensor)",
+    consensus_formulas.spread,
+)
+
 LOSSES: tuple[Loss, ...] = (
     gaussian_nll,
     linear_gaussian_nll,
     alignment,
     linear_alignment,
+    majority_vote,
+    mixture_kl,
+    dirichlet_mixture,
     kl_div,
     linear_kl_div,
 )
 
 # Which kernels serve a row loss on a GPU, "triton" or "compiled": the measured faster of the two,
 # and Triton where nothing has been measured.
-ON_GPU = {"gaussian_nll": "triton", "kl_div": "triton"}
+ON_GPU = {"gaussian_nll": "triton", "alignment": "triton"}
 
 _FAMILIES = {  # files of mtkd/triton
     "gaussian_nll": "gaussian",
     "linear_gaussian_nll": "linear_gaussian",
+    "alignment": "alignment",
     "kl_div": "divergence",
+    "consensus": "consensus",
     "scale_": "common",
 }
 _WITH_TRITON = find_spec("triton") is not None
@@ -161,6 +208,14 @@ if _INTERPRETED and not _WITH_TRITON:
     raise ImportError("TRITON_INTERPRET=1: expected Triton to be installed; pip install triton")
 
 
+def _consensus_on_gpu(messages: list[torch.Tensor], *args: Any) -> Any:
+    """The kernel for as many messages as it takes; the formula for more, and for classes."""
+    class_dim = args[4]
+    if class_dim is not None or len(messages) > _triton_file("consensus").MOST:
+        return consensus_formulas.consensus(messages, *args)
+    return triton_kernel("consensus", "consensus")(messages, *args)
+
+
 def _serve() -> dict[tuple[str, str], str]:
     """Register the kernels for GPUs; return what serves row losses, by loss and device type."""
     served = {(x.name, "cpu"): "compiled" for x in LOSSES if _has_kernel(f"mtkd::{x.name}", "CPU")}
@@ -172,6 +227,8 @@ def _serve() -> dict[tuple[str, str], str]:
     scale_ = triton_kernel("scale_", "scale_") if _WITH_TRITON else _compiled("scale_")
     if scale_ is not None:
         implement("scale_", _GPU.upper(), scale_)
+    if _WITH_TRITON:
+        implement("consensus", _GPU.upper(), _consensus_on_gpu)
     return served
 
 

@@ -86,11 +86,11 @@ def stack_equal(calls: Sequence[tuple[Any, ...]], columns: Sequence[int]) -> Seq
     Inputs become ``(T, N, H)``. Other tensors, or None, are concatenated where `columns` says
     that their columns are, an entry each. Large tensors are better read where they are.
     """
+    if len(calls) == 1:
+        return calls
     looks = {tuple(x if x is None else (x.shape, x.dtype) for x in call[1:]) for call in calls}
     sizes = [x.numel() for x in calls[0][1:] if x is not None]
-    if len(calls) == 1 or len(looks) > 1:
-        return calls
-    if max(sizes) > LARGEST or len(calls) * max(sizes) > LARGEST_STACK:
+    if len(looks) > 1 or max(sizes) > LARGEST or len(calls) * max(sizes) > LARGEST_STACK:
         return calls
     dims, inputs, *others = zip(*calls, strict=True)
     joined = [

@@ -227,7 +227,7 @@ def _reduce_matrix(
     shape, dtype, device = tuple(matrix.shape), matrix.dtype, matrix.device
     if callable(weight):
         weight = weight(matrix.detach(), mask)
-        _check_weight("weight(matrix, mask)", weight, shape, device)
+        check_weight("weight(matrix, mask)", weight, shape, device)
     weight, teachers = _weight_rows(weight, dtype), shape[-1]
     rows = None if mask is None else mask.reshape(-1, teachers)
     matrix = matrix.reshape(-1, teachers)
@@ -314,7 +314,7 @@ def _check(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if weight is not None and not callable(weight):
-        _check_weight("weight", weight, shape, device)
+        check_weight("weight", weight, shape, device)
     check_mask(mask, shape, device)
     if denominator is not None and reduction != "mean":
         raise ValueError(f"denominator: expected with reduction='mean' alone, got {reduction!r}")
@@ -332,7 +332,8 @@ def check_mask(mask: Any, shape: tuple[int, ...], device: torch.device) -> None:
         raise TypeError(f"mask: expected a bool tensor (True counts), got {mask.dtype}")
 
 
-def _check_weight(name: str, weight: Any, shape: tuple[int, ...], device: torch.device) -> None:
+def check_weight(name: str, weight: Any, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise unless `weight` is a floating-point tensor ``(T,)``, or of this shape ``(*, T)``."""
     if not isinstance(weight, Tensor):
         expected = "a tensor or a callable" if name == "weight" else "a tensor"
         raise TypeError(f"{name}: expected {expected}, got {type(weight).__name__}")

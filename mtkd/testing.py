@@ -53,9 +53,9 @@ def poisoned_memory() -> Iterator[None]:
 def cast(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     """Return an operator's arguments with floating tensors in another dtype, detached."""
 
-    def one(x: Any) -> Any:
+    def changed(x: Any) -> Any:
         if isinstance(x, list):
-            return [one(part) for part in x]
+            return [changed(each) for each in x]
         return x.detach().to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
-    return tuple(map(one, arguments))
+    return tuple(map(changed, arguments))

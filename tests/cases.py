@@ -20,8 +20,9 @@ from mtkd.dispatch import Loss
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 Arguments = tuple[Any, ...]
 TINY = (3, 1, 2)
-RAGGED = (1500, 1, 17, 96, 97, 5)
-MANY = (16,) * (40 if INTERPRETED else 130)
+# an interpreted step takes milliseconds: the widest is several tiles either way
+RAGGED = (300 if INTERPRETED else 1500, 1, 17, 96, 97, 5)
+MANY = (16,) * (20 if INTERPRETED else 130)
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,58 @@ def linear_alignment(
     mask = _mask(generator, rows, len(dims), masked)
     rest = _alignment_settings(generator, dims, dtype, **settings)
     return mask, dims, input, weight, offset, target, *rest, workspace, stash
+
+
+def votes(
+    generator: torch.Generator,
+    rows: int,
+    dims: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    teachers: int = 0,
+    hard: bool = True,
+    masked: bool = False,
+    temperature: float = 1.0,
+    sequence: bool = False,
+) -> Arguments:
+    """Arguments of majority_vote: a column a teacher, or with `teachers` a single one of them."""
+    count = teachers or len(dims)
+    student = _normal(generator, dtype, rows, dims[0])
+    teacher = _normal(generator, dtype, rows, count, dims[0], scale=2.0)
+    mask = _mask(generator, rows, count, masked)
+    weight = None
+    if teachers:  # small integers: votes are often tied
+        weight = torch.randint(1, 4, (rows, count), generator=generator).to(dtype)
+        weight = weight if mask is None else weight.masked_fill(~mask, 0.0)
+        mask = None if mask is None else mask.any(-1, keepdim=True)
+    tensors = list(teacher.unbind(1)) if sequence else [teacher]
+    return mask, dims, student, tensors, weight, temperature, hard
+
+
+def mixture(
+    generator: torch.Generator,
+    rows: int,
+    dims: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    teachers: int,
+    concentration: float = 0.0,
+    masked: bool = False,
+    temperature: float = 1.0,
+    sequence: bool = False,
+) -> Arguments:
+    """Arguments of mixture_kl, or with a concentration of dirichlet_mixture; one column."""
+    student = _normal(generator, dtype, rows, *dims)
+    teacher = _normal(generator, dtype, rows, teachers, *dims, scale=2.0)
+    weight = (0.2 + torch.rand(rows, teachers, generator=generator)).to(dtype)
+    counted = _mask(generator, rows, teachers, masked)
+    mask = None if counted is None else counted.any(-1, keepdim=True)
+    tensors = list(teacher.unbind(1)) if sequence else [teacher]
+    common = mask, dims, student, tensors, weight, counted
+    if not concentration:
+        return *common, temperature, 2.5
+    spread = 0.5 + torch.rand(rows, teachers, generator=generator, dtype=torch.float64)
+    return *common, (concentration * spread).to(dtype)
 
 
 WEIGHTS = {  # of KL(teacher || student) and of KL(student || teacher), and whether they mix
@@ -323,12 +376,12 @@ COSINE, ANGLE = (
 )
 ALIGNMENT_CASES = (
     Case("alignment-tiny", A, alignment, TINY, 5, {"standard": True}),
-    Case("alignment-ragged", A, alignment, RAGGED, 37, {"masked": True, "beta": 0.3}),
-    Case("alignment-errors", A, alignment, RAGGED, 9, {"cosine": 0.0, "standard": True}),
-    Case("alignment-cosine", A, alignment, RAGGED, 9, {**COSINE, "masked": True}),
+    Case("alignment-ragged", A, alignment, RAGGED, 11, {"masked": True, "beta": 0.3}),
+    Case("alignment-errors", A, alignment, RAGGED, 5, {"cosine": 0.0, "standard": True}),
+    Case("alignment-cosine", A, alignment, RAGGED, 5, {**COSINE, "masked": True}),
     Case("alignment-angle", A, alignment, (3, 1500, 40), 9, {**ANGLE, "standard": True}),
     Case("alignment-l1", A, alignment, TINY, 6, {"beta": 0.0, "angle": 0.2}),
-    Case("alignment-many", A, alignment, MANY, 33, {"masked": True, "standard": True}),
+    Case("alignment-many", A, alignment, MANY, 9, {"masked": True, "standard": True}),
     Case("alignment-one", A, alignment, (5000,), 1),
     Case("alignment-large", A, alignment, RAGGED, 701, {"masked": True}, large=True),
     Case("linear-alignment-tiny", LA, linear_alignment, TINY, 5, {"standard": True}),
@@ -343,38 +396,92 @@ ALIGNMENT_CASES = (
     ),
     Case("linear-alignment-own", LA, linear_alignment, (40,) * 3, 50, {"own": True, "bias": False}),
 )
-K, LK = operators_of(F.kl_div), operators_of(F.linear_kl_div)
+V = operators_of(F.majority_vote)
+SOFT = {"hard": False, "temperature": 2.5}
+VOTES_CASES = (
+    Case("votes-tiny", V, votes, (3,) * 3, 5),
+    Case("votes-soft-tiny", V, votes, (4,) * 2, 6, {**SOFT, "sequence": True}),
+    Case("votes-plurality-tiny", V, votes, (5,), 6, {"teachers": 4, "masked": True}),
+    Case("votes-mean-tiny", V, votes, (5,), 6, {"teachers": 3, **SOFT}),
+    Case("votes-each", V, votes, (1500,) * 5, 9, {"masked": True}),
+    Case("votes-soft", V, votes, (1500,) * 5, 9, {"masked": True, **SOFT}),
+    Case("votes-plurality", V, votes, (1500,), 5, {"teachers": 20}),
+    Case("votes-mean", V, votes, (1500,), 9, {"teachers": 5, "masked": True, **SOFT}),
+    Case("votes-many", V, votes, (17,) * len(MANY), 6, {"masked": True, "sequence": True}),
+    Case("votes-many-soft", V, votes, (17,) * len(MANY), 5, {"hard": False}),
+    Case("votes-few", V, votes, (3,), 12, {"teachers": 11, "sequence": True}),
+    Case("votes-one", V, votes, (5000,), 1),
+    # more classes than a GPU's block
+    Case("votes-wide", V, votes, (4500,) * 3, 3, {"masked": True, "sequence": True}),
+    Case("votes-wide-soft", V, votes, (4500,) * 2, 3, SOFT),
+    Case("votes-wide-plurality", V, votes, (4500,), 4, {"teachers": 4, "masked": True}),
+    Case("votes-wide-mean", V, votes, (4500,), 3, {"teachers": 3, **SOFT}),
+    Case("votes-large", V, votes, (1500,) * 3, 801, SOFT, large=True),
+)
+K, D = operators_of(F.mixture_kl), operators_of(F.dirichlet_mixture)
+MIXTURE_CASES = (
+    Case("mixture-kl-tiny", K, mixture, (4,), 5, {"teachers": 3, "masked": True}),
+    Case("mixture-kl-two-tiny", K, mixture, (4,), 5, {"teachers": 2, "sequence": True}),
+    Case("mixture-kl-many", K, mixture, (17,), 33, {"teachers": 40, "masked": True}),
+    Case("mixture-kl-wide", K, mixture, (1500,), 9, {"teachers": 7, "temperature": 2.5}),
+    Case(
+        "dirichlet-tiny",
+        D,
+        mixture,
+        (4,),
+        5,
+        {"teachers": 3, "masked": True, "concentration": 5.0, "sequence": True},
+    ),
+    Case(
+        "dirichlet-wide",
+        D,
+        mixture,
+        (1500,),
+        9,
+        {"teachers": 7, "concentration": 2.0},
+        float32_factor=POSTERIOR,
+    ),
+    Case(
+        "dirichlet-many",
+        D,
+        mixture,
+        (17,),
+        33,
+        {"teachers": 40, "masked": True, "concentration": 3.0},
+    ),
+)
+KL, LKL = operators_of(F.kl_div), operators_of(F.linear_kl_div)
 SEVERAL = 9 if INTERPRETED else 150  # teachers of few classes, more than fit a block
 DIVERGENCE_CASES = (
-    Case("kl-tiny", K, kl_div, TINY, 5, {"temperature": 2.0}),
-    Case("kl-tiny-reverse", K, kl_div, TINY, 5, {"divergence": "reverse"}),
-    Case("kl-tiny-jeffreys", K, kl_div, TINY, 5, {"divergence": "jeffreys", "masked": True}),
-    Case("kl-tiny-js", K, kl_div, TINY, 5, {"divergence": "js", "temperature": 0.5}),
-    Case("kl-tiny-shared", K, kl_div, (3, 3), 5, {"divergence": "jeffreys", "shared": True}),
-    Case("kl-ragged", K, kl_div, RAGGED, 3, {"masked": True, "temperature": 0.7}),
-    Case("kl-reverse", K, kl_div, RAGGED, 2, {"divergence": "reverse"}),
-    Case("kl-jeffreys", K, kl_div, (3, 2500, 40), 2, {"divergence": "jeffreys"}),
-    Case("kl-js", K, kl_div, RAGGED, 2, {"divergence": "js", "masked": True}),
-    Case("kl-many", K, kl_div, (16,) * SEVERAL, 5, {"masked": True, "divergence": "jeffreys"}),
-    Case("kl-pairs", K, kl_div, (2,) * SEVERAL, 5, {"divergence": "js"}),
-    Case("kl-one", K, kl_div, (5000,), 1),
-    Case("kl-large", K, kl_div, RAGGED, 701, {"masked": True}, large=True),
-    Case("kl-shared", K, kl_div, (1300,) * 3, 2, {"shared": True, "masked": True}),
-    Case("kl-shared-js", K, kl_div, (2500,) * 2, 2, {"shared": True, "divergence": "js"}),
-    Case("kl-shared-many", K, kl_div, (7,) * SEVERAL, 5, {"shared": True, "masked": True}),
-    Case("linear-kl-tiny", LK, linear_kl_div, TINY, 5, {"divergence": "jeffreys"}),
-    Case("linear-kl-stash", LK, linear_kl_div, (4, 70), 9, {"stash": True, "divergence": "js"}),
-    Case("linear-kl-layers", LK, linear_kl_div, TINY, 6, {"layers": True, "masked": True}),
+    Case("kl-tiny", KL, kl_div, TINY, 5, {"temperature": 2.0}),
+    Case("kl-tiny-reverse", KL, kl_div, TINY, 5, {"divergence": "reverse"}),
+    Case("kl-tiny-jeffreys", KL, kl_div, TINY, 5, {"divergence": "jeffreys", "masked": True}),
+    Case("kl-tiny-js", KL, kl_div, TINY, 5, {"divergence": "js", "temperature": 0.5}),
+    Case("kl-tiny-shared", KL, kl_div, (3, 3), 5, {"divergence": "jeffreys", "shared": True}),
+    Case("kl-ragged", KL, kl_div, RAGGED, 3, {"masked": True, "temperature": 0.7}),
+    Case("kl-reverse", KL, kl_div, RAGGED, 2, {"divergence": "reverse"}),
+    Case("kl-jeffreys", KL, kl_div, (3, 2500, 40), 2, {"divergence": "jeffreys"}),
+    Case("kl-js", KL, kl_div, RAGGED, 2, {"divergence": "js", "masked": True}),
+    Case("kl-many", KL, kl_div, (16,) * SEVERAL, 5, {"masked": True, "divergence": "jeffreys"}),
+    Case("kl-pairs", KL, kl_div, (2,) * SEVERAL, 5, {"divergence": "js"}),
+    Case("kl-one", KL, kl_div, (5000,), 1),
+    Case("kl-large", KL, kl_div, RAGGED, 701, {"masked": True}, large=True),
+    Case("kl-shared", KL, kl_div, (1300,) * 3, 2, {"shared": True, "masked": True}),
+    Case("kl-shared-js", KL, kl_div, (2500,) * 2, 2, {"shared": True, "divergence": "js"}),
+    Case("kl-shared-many", KL, kl_div, (7,) * SEVERAL, 5, {"shared": True, "masked": True}),
+    Case("linear-kl-tiny", LKL, linear_kl_div, TINY, 5, {"divergence": "jeffreys"}),
+    Case("linear-kl-stash", LKL, linear_kl_div, (4, 70), 9, {"stash": True, "divergence": "js"}),
+    Case("linear-kl-layers", LKL, linear_kl_div, TINY, 6, {"layers": True, "masked": True}),
     Case(
         "linear-kl-ragged",
-        LK,
+        LKL,
         linear_kl_div,
         RAGGED,
         6,
         {"masked": True, "temperature": 2.0, "workspace": 12_000, "layers": True},
     ),
-    Case("linear-kl-own", LK, linear_kl_div, (40,) * 3, 20, {"own": True, "bias": False}),
+    Case("linear-kl-own", LKL, linear_kl_div, (40,) * 3, 20, {"own": True, "bias": False}),
 )
-ALL_CASES = (*ALL_CASES, *ALIGNMENT_CASES, *DIVERGENCE_CASES)
+ALL_CASES = (*ALL_CASES, *ALIGNMENT_CASES, *VOTES_CASES, *MIXTURE_CASES, *DIVERGENCE_CASES)
 CASES = tuple(case for case in ALL_CASES if not (case.large and INTERPRETED))
 TINY_CASES = tuple(case for case in CASES if sum(case.dims) <= 10)

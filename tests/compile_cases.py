@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtkd.triton import common, divergence, gaussian, linear_gaussian
+from mtkd.triton import alignment, common, consensus, gaussian, linear_gaussian
 
 Configuration = tuple[str, Callable[[], Any]]
 COMMON = (torch.bfloat16, torch.float32)
@@ -108,72 +108,72 @@ def scale_configurations() -> Iterator[Configuration]:
         yield f"scale {str(dtype).removeprefix('torch.')}", partial(common.scale_, [x], factor)
 
 
-class Divergence(NamedTuple):
-    """A divergence in one configuration; `weights` are forward's, reverse's, whether they mix."""
+class Aligned(NamedTuple):
+    """An alignment loss in one configuration; `weights` are those of the operator's terms."""
 
     name: str
     rows: int
     dims: tuple[int, ...]
-    weights: tuple[float, float, bool] = (1.0, 0.0, False)
+    weights: tuple[float, float, float, float] = (0.5, 0.5, 0.0, 0.0)
     masked: bool = False
-    shared: bool = False
+    standard: bool = False
+    dispersed: bool = False
     dtypes: tuple[torch.dtype, ...] = COMMON
 
     def arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """The operator's arguments."""
         new = partial(torch.empty, dtype=dtype, device="meta")
-        mask = new(self.rows, len(self.dims), dtype=torch.bool) if self.masked else None
-        student = new(self.rows, self.dims[0] if self.shared else sum(self.dims))
-        return mask, self.dims, student, new(self.rows, sum(self.dims)), *self.weights, 2.0, 4.0
+        width, teachers = sum(self.dims), len(self.dims)
+        mask = new(self.rows, teachers, dtype=torch.bool) if self.masked else None
+        numbers = partial(new, dtype=torch.promote_types(dtype, torch.float32))
+        shift, scale = (numbers(width) if self.standard else None for _ in range(2))
+        dispersion = numbers(teachers) if self.dispersed else None
+        pair = new(self.rows, width), new(self.rows, width)
+        return mask, self.dims, *pair, shift, scale, dispersion, *self.weights, 1.0, 1e-8
 
 
-REVERSE, JEFFREYS, MIXED = (0.0, 1.0, False), (1.0, 1.0, False), (0.5, 0.5, True)
-DIVERGENCES = (
-    Divergence("kl-four", 4096, (1000,) * 4, dtypes=EVERY),
-    Divergence("kl-reverse", 4096, (1000,) * 4, REVERSE),
-    Divergence("kl-jeffreys", 4096, (1000,) * 4, JEFFREYS, dtypes=EVERY),
-    Divergence("kl-js", 4096, (1000,) * 4, MIXED, dtypes=EVERY),
-    Divergence("kl-wide", 512, (150_000,), MIXED),
-    Divergence("kl-heads", 8192, (10, 100, 21_841), masked=True),
-    Divergence("kl-many", 512, (10,) * 1024, JEFFREYS, masked=True),
-    Divergence("kl-odd", 37, ODD, MIXED, masked=True, dtypes=EVERY),
-    Divergence("kl-tiny", 5, (3, 1, 2), REVERSE),
-    Divergence("kl-shared", 4096, (1000,) * 32, masked=True, shared=True, dtypes=EVERY),
-    Divergence("kl-shared-js", 512, (150_000,) * 4, MIXED, shared=True),
-    Divergence("kl-shared-jeffreys", 512, (10,) * 64, JEFFREYS, shared=True),
+EVERY_TERM = (0.4, 0.3, 0.2, 0.1)
+ALIGNED = (
+    Aligned("alignment-four", 25216, (768,) * 4, dtypes=EVERY),
+    Aligned("alignment-standard", 25216, (768, 1024, 1280), masked=True, standard=True),
+    Aligned("alignment-wide", 16, (8192,), standard=True),
+    Aligned("alignment-many", 512, (64,) * 1024, masked=True),
+    Aligned("alignment-narrow", 33, (16,) * 130, weights=(1.0, 0.0, 0.0, 0.0)),
+    Aligned("alignment-mse", 8192, (1024,) * 8, weights=(0.0, 0.0, 1.0, 0.0), standard=True),
+    Aligned("alignment-smooth", 8192, (1024,) * 8, weights=(0.0, 1.0, 0.0, 0.0)),
+    Aligned("alignment-angle", 512, (1280,) * 3, weights=(0.0, 0.0, 0.0, 1.0), dispersed=True),
+    Aligned("alignment-odd", 37, ODD, EVERY_TERM, True, True, True, dtypes=EVERY),
+    Aligned("alignment-tiny", 5, (3, 1, 2), EVERY_TERM, standard=True),
 )
 
 
-def divergence_launches(args: tuple[Any, ...]) -> Iterator[Configuration]:
+def alignment_launches(args: tuple[Any, ...]) -> Iterator[Configuration]:
     """The launchers of the loss on tensors of its own, as autograd and reductions call them."""
     grad = coefficient(args)
     same = grad.new_empty(()).expand(grad.shape)  # of a plain mean
-    yield "forward", partial(divergence.forward, *args)
-    backward = partial(divergence.backward, grad, grad.new_empty(0), *args)
-    for wanted in ([True, False], [False, True], [True, True]):
-        yield f"backward {wanted}", partial(backward, wanted)
-    yield "value_and_grad", partial(divergence.value_and_grad, same, *args, [True, False])
+    yield "forward", partial(alignment.forward, *args)
+    yield "backward", partial(alignment.backward, grad, grad.new_empty(0), *args, [True])
+    yield "value_and_grad", partial(alignment.value_and_grad, same, *args, [True])
 
 
-def divergence_in_layers(args: tuple[Any, ...]) -> Iterator[Configuration]:
+def alignment_in_layers(args: tuple[Any, ...]) -> Iterator[Configuration]:
     """The launcher as a fused layer calls it: the student in float32, and a bias."""
     mask, dims, student, *rest = args
     wide = (mask, dims, student.float(), *rest)
-    launch = partial(divergence.with_bias, student[0])
+    launch = partial(alignment.with_bias, student[0])
     yield "in layers, forward", partial(launch, None, wide, None)
     yield "in layers, in place", partial(launch, coefficient(wide), wide, wide[2])
     yield "in layers, narrowed", partial(launch, coefficient(wide), wide, student)
 
 
-def divergence_configurations() -> Iterator[Configuration]:
+def alignment_configurations() -> Iterator[Configuration]:
     """Every role in every dtype, and inside of a layer in bfloat16."""
-    for case in DIVERGENCES:
+    for case in ALIGNED:
         for dtype in case.dtypes:
-            for role, launch in divergence_launches(case.arguments(dtype)):
+            for role, launch in alignment_launches(case.arguments(dtype)):
                 yield f"{case.name} {str(dtype).removeprefix('torch.')} {role}", launch
-        if not case.shared:
-            for role, launch in divergence_in_layers(case.arguments(torch.bfloat16)):
-                yield f"{case.name} bfloat16 {role}", launch
+        for role, launch in alignment_in_layers(case.arguments(torch.bfloat16)):
+            yield f"{case.name} bfloat16 {role}", launch
 
 
 class Layers(NamedTuple):
@@ -227,10 +227,58 @@ def linear_gaussian_configurations() -> Iterator[Configuration]:
                 yield f"{case.name} {words}", case.tile(dtype, grad)
 
 
+class Messages(NamedTuple):
+    """Messages of dense maps, and how they vote."""
+
+    name: str
+    count: int
+    trim: float = 0.5
+    kernel: int = 0
+    weight: str = ""  # of messages, or of their elements
+    scaled: bool = False
+    shape: tuple[int, ...] = (8, 3, 256, 256)
+    dtypes: tuple[torch.dtype, ...] = COMMON
+
+    def vote(self, dtype: torch.dtype) -> Callable[[], Any]:
+        """The launcher."""
+        new = partial(torch.empty, device="meta", dtype=dtype)
+        wide = partial(new, dtype=torch.promote_types(dtype, torch.float32))
+        messages = [new(self.shape) for _ in range(self.count)]
+        every = (self.count, *self.shape)
+        weight = {
+            "": None,
+            "messages": wide(self.count, 1, 1, 1, 1).expand(every),
+            "elements": wide(every),
+        }[self.weight]
+        scale = [wide(self.shape), wide(self.shape)] if self.scaled else [None, None]
+        start = new(self.shape) if self.scaled else None
+        settings = None, True, self.trim, self.kernel, 0.5, 2
+        return partial(consensus.consensus, messages, weight, start, *scale, *settings)
+
+
+MESSAGES = (
+    Messages("consensus-median", 13, dtypes=EVERY),
+    Messages("consensus-weighted-median", 13, weight="messages"),
+    Messages("consensus-mean", 6, trim=0.0, weight="elements"),
+    Messages("consensus-trimmed", 8, trim=0.25, shape=(5, 3, 7, 11), dtypes=EVERY),
+    Messages("consensus-cshift", 13, kernel=2, scaled=True),
+    Messages("consensus-mean-shift", 13, trim=0.0, kernel=3, weight="elements", dtypes=EVERY),
+    Messages("consensus-most", 16, kernel=1, weight="elements", dtypes=(torch.float32,)),
+)
+
+
+def consensus_configurations() -> Iterator[Configuration]:
+    """Every vote, up to as many messages as the kernel takes."""
+    for case in MESSAGES:
+        for dtype in case.dtypes:
+            yield f"{case.name} {str(dtype).removeprefix('torch.')}", case.vote(dtype)
+
+
 FAMILIES = (
     gaussian_configurations,
     linear_gaussian_configurations,
-    divergence_configurations,
+    alignment_configurations,
+    consensus_configurations,
     scale_configurations,
 )
 

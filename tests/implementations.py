@@ -6,6 +6,7 @@ the same dispatcher; where there is a GPU, the kernels for it are further implem
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from cases import INTERPRETED
 from mtkd import ops
 from mtkd.dispatch import Loss, as_tuple
 
+FORMULAS_ONLY = {"mixture_kl", "dirichlet_mixture"}  # losses without kernels of their own
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,6 +31,8 @@ class Implementation:
     half_factor: float = 1  # of the 16-bit tolerance, where such losses keep 16-bit operands
 
     def serves(self, loss: Loss) -> bool:
+        if loss.name in FORMULAS_ONLY:
+            return self.name == "formula"
         return self.drivers or not loss.name.startswith("linear_")
 
     def __call__(self, loss: Loss, role: str) -> Callable[..., Any]:
@@ -37,8 +41,10 @@ class Implementation:
 
     def _there_and_back(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            here = [x for x in args if isinstance(x, torch.Tensor)]
-            there = {id(x): x.to(self.device) for x in here}
+            lists = [x for x in args if isinstance(x, list)]
+            here = [x for x in chain(args, *lists) if isinstance(x, torch.Tensor)]
+            there: dict[int, Any] = {id(x): x.to(self.device) for x in here}
+            there |= {id(each): [there.get(id(x), x) for x in each] for each in lists}
             result = function(*(there.get(id(x), x) for x in args))
             for x in here:
                 x.copy_(there[id(x)])  # what it wrote

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as TF
 
 import mtkd.functional as F
+from mtkd import ops
 from mtkd.testing import assert_close
 
 DIMS = (40, 3, 1100)
@@ -95,6 +96,24 @@ def test_zero_rows_are_finite(zero, dtype):
     for loss in (F.alignment(student, target, DIMS, **options), F.angle(student, target, DIMS)):
         assert loss.isfinite()
         assert torch.autograd.grad(loss, student)[0].isfinite().all()
+
+
+def test_the_formulas_clamp_what_float32_cannot_square():
+    student = torch.zeros(1, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(F.cosine(student, torch.ones(1, 4), eps=1e-30), student)
+    (formula,) = ops.alignment.formulas.gradient(
+        torch.ones(1, 1), None, (4,), student, torch.ones(1, 4), *(None,) * 3, 1, 0, 0, 0, 1, 1e-30
+    )
+    assert_close(formula, grad, torch.float32)
+
+
+def test_a_masked_teachers_dispersion_may_be_zero():
+    student = torch.randn(3, 8, requires_grad=True)
+    mask, dispersion = torch.tensor([[True, False]] * 3), torch.tensor([1.0, 0.0])
+    loss = F.angle(student, torch.randn(3, 8), (4, 4), dispersion=dispersion, mask=mask)
+    for create_graph in (False, True):  # the latter takes the formula
+        kept = {"retain_graph": True, "create_graph": create_graph}
+        assert torch.autograd.grad(loss, student, **kept)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

@@ -24,6 +24,7 @@ ALLOWED = {
     "plan": set(),
     "reduction": set(),
     "weighting": set(),
+    "information": set(),
     "triton": set(),
 }
 KERNEL_PACKAGE = {"functional", "linear", "ops", "dispatch", "reference", "packing", "plan"}

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import mtkd.functional as F
+from mtkd.reduction import cls_and_patches, reduce_matrix
 from mtkd.testing import assert_close, relative_error
+from mtkd.weighting import teacher_dropping
 
 DIMS = (3, 100, 1)
 ROWS, FEATURES, WIDTH = 6, 5, sum(DIMS)
@@ -195,3 +198,38 @@ def test_vmap_over_torchs_fallback():
 
     expected = torch.stack([loss(stacked[0]), loss(stacked[1])])
     assert relative_error(torch.vmap(loss)(stacked), expected) < 1e-6
+
+
+def unic(student, target):
+    tokens = F.alignment(student, target, DIMS, reduction="none")
+    return reduce_matrix(cls_and_patches(tokens), weight=teacher_dropping)
+
+
+SIZED = {
+    "gaussian_nll": lambda x, t, w: F.gaussian_nll(x, 0.1 * x, t, DIMS),
+    "linear_gaussian_nll": lambda x, t, w: F.linear_gaussian_nll(x[:, :FEATURES], w, t, DIMS),
+    "alignment": lambda x, t, w: F.alignment(x, t, DIMS),
+    "angle": lambda x, t, w: F.angle(x, t, DIMS, mask=t[:, : len(DIMS)] > 0),
+    "linear_alignment": lambda x, t, w: F.linear_alignment(x[:, :FEATURES], w[0], t, DIMS),
+    "shifted_mse": lambda x, t, w: F.shifted_mse(
+        x[:, None, None], t[:, None, None], torch.zeros(x.shape[0], 2, dtype=torch.int64)
+    ),
+    "kl_div": lambda x, t, w: F.kl_div(x, t, DIMS),
+    "majority_vote": lambda x, t, w: F.majority_vote(x, t.unsqueeze(1)),
+    "mixture_kl": lambda x, t, w: F.mixture_kl(x, t.unsqueeze(1)),
+    "unic": lambda x, t, w: unic(
+        x.unsqueeze(1).expand(-1, 4, -1), t.unsqueeze(1).expand(-1, 4, -1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_a_new_number_of_rows_compiles_once_more_at_most(name):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    counter, weight = CompileCounter(), torch.randn(2, WIDTH, FEATURES)
+    compiled = torch.compile(SIZED[name], backend=counter, fullgraph=True)
+    for rows in (4, 6, 9, 11, 13):
+        x = torch.randn(rows, WIDTH, requires_grad=True)
+        compiled(x, torch.randn(rows, WIDTH), weight).backward()
+    assert counter.frame_count <= 2

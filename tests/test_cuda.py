@@ -24,7 +24,10 @@ def problem(dims, dtype=torch.bfloat16):
 def gradients(x, layer, target, dims):
     loss = F.linear_gaussian_nll(x, layer, target, dims, bound=2.0)
     rows = F.gaussian_nll(target + x[:, :1], target * 0.1 * x[:, 1:2], target, dims)
-    return torch.autograd.grad(loss + rows, (x, layer))
+    aligned = F.linear_alignment(x, layer[0], target, dims) + F.alignment(
+        target * x[:, :1], target, dims
+    )
+    return torch.autograd.grad(loss + rows + aligned, (x, layer))
 
 
 @pytest.mark.parametrize("dims", WIDTHS, ids=str)

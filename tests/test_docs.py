@@ -25,9 +25,15 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/losses/{x}.md" for x in ("alignment", "divergence", "gaussian"))]
-)
+WITH_EXAMPLES = [
+    "README.md",
+    "docs/projectors.md",
+    "docs/weighting.md",
+    *sorted(ROOT.glob("docs/losses/*.md")),
+]
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: Path(page).name)
 def test_python_examples_run(page):
     for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL):
         exec(compile(code, page, "exec"), {})
@@ -46,9 +52,20 @@ def test_docstring_examples(name):
         "functional.linear_gaussian_nll",
         "functional.alignment",
         "functional.linear_alignment",
+        "functional.consensus",
         "functional.kl_div",
         "functional.linear_kl_div",
+        "functional.majority_vote",
+        "functional.mixture_kl",
+        "functional.dirichlet_mixture",
+        "weighting.teacher_dropping",
+        "weighting.confidence_weights",
+        "weighting.gradient_weights",
+        "weighting.top_k_routing",
         "nn.GaussianHeads",
+        "nn.Ladder",
+        "nn.Projectors",
+        "nn.TokenProjectors",
     ],
 )
 def test_public_docstrings_have_every_section(public):

@@ -530,3 +530,9 @@ def phi_s(sync):
 
 def test_ranks_learn_what_one_process_with_all_rows_would(tmp_path):
     multiprocessing.spawn(run_ranks, (str(tmp_path / "rendezvous"),), nprocs=2)
+
+
+def test_a_single_row_without_leading_dimensions():
+    norm = TeacherNorm((3, 5))
+    norm(torch.randn(8), torch.tensor([True, False]))
+    assert norm.count.tolist() == [1, 0]

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mtkd.functional as F
 from mtkd import linear
 from mtkd.nn import GaussianHeads
-from mtkd.reduction import cls_and_patches, reduce_matrix
+from mtkd.reduction import reduce_matrix
 from mtkd.testing import assert_close
 from mtkd.weighting import teacher_dropping
 
@@ -272,39 +272,6 @@ def test_heads_pass_a_rule_through():
     weights = teacher_dropping(heads(student, target, reduction="none"), generator=seeded())
     got = heads(student, target, weight=partial(teacher_dropping, generator=seeded()))
     assert_close(got, heads(student, target, weight=weights), torch.float32)
-
-
-def unic_by_loop(student, target, draws, p):
-    """UNIC's loss from its definition: images, teachers and tokens one by one."""
-    total, count = 0.0, 0.0
-    offsets = [sum(DIMS[:t]) for t in range(len(DIMS) + 1)]
-    for image in range(len(student)):
-        losses = []
-        for t in range(len(DIMS)):
-            tokens = []
-            for s, g in zip(student[image], target[image], strict=True):
-                s, g = s[offsets[t] : offsets[t + 1]], g[offsets[t] : offsets[t + 1]]
-                cosine = 1 - s @ g / (s.norm() * g.norm())
-                tokens.append(0.5 * cosine + 0.5 * torch.nn.functional.smooth_l1_loss(s, g))
-            losses.append(0.5 * (tokens[0] + sum(tokens[1:]) / len(tokens[1:])))
-        values = [loss.item() for loss in losses]
-        for t, loss in enumerate(losses):
-            if t == values.index(max(values)) or draws[image, t] >= p:
-                total, count = total + loss, count + 1
-    return total / count
-
-
-@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
-def test_unic_side_by_side(p):
-    torch.manual_seed(0)
-    student = torch.randn(4, 6, D, dtype=DOUBLE, requires_grad=True)
-    target = torch.randn(4, 6, D, dtype=DOUBLE)
-    want = unic_by_loop(student, target, torch.rand(4, 3, generator=seeded()), p)
-    tokens = F.alignment(student, target, DIMS, reduction="none")
-    rule = partial(teacher_dropping, p=p, generator=seeded())
-    got = reduce_matrix(cls_and_patches(tokens), weight=rule)
-    assert_close(got, want, DOUBLE)
-    assert_close(*(torch.autograd.grad(each, student)[0] for each in (got, want)), DOUBLE)
 
 
 def test_images_weigh_the_same_with_sample():

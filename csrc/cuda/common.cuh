@@ -15,7 +15,7 @@
 #include <algorithm>
 #include <functional>
 
-#include "../common.h"
+#include "../operators.h"
 
 #define MTKD_DEVICE __device__ __forceinline__
 
@@ -31,7 +31,8 @@ constexpr int64_t kSharedLimit = (48 << 10) - kPartials;  // left for a loss, on
 
 // ---- Tensors ----
 
-// A tensor seen as (row, mode, column), or (row, column) with a single mode; strides in elements.
+// A tensor seen as (row, mode, column), or (row, column) with a single mode, or (column) with a
+// single row; strides in elements.
 struct View {
   char* data = nullptr;
   int64_t row = 0, mode = 0, column = 0;
@@ -40,7 +41,7 @@ struct View {
   View() = default;
   explicit View(const Tensor& t)
       : data(static_cast<char*>(t.data_ptr())),
-        row(stride(t, 0)),
+        row(t.dim() == 1 ? 0 : stride(t, 0)),
         mode(t.dim() == 3 ? stride(t, 1) : 0),
         column(stride(t, t.dim() - 1)),
         dtype(t.scalar_type()) {}
@@ -207,6 +208,13 @@ struct Unit {
   }
 };
 
+// Calls body(columns) for each step that a lane takes.
+template <int V, bool Vector, class Body>
+MTKD_DEVICE void each_step(const Unit& unit, const Body& body) {
+  auto at = unit.first<V, Vector>();
+  for (; at.first < at.end; at.first += int64_t{unit.lanes} * V) body(at);
+}
+
 // A quotient, most often of numbers below 2^32, whose division is several times cheaper.
 MTKD_DEVICE int64_t divide(int64_t a, int64_t b) {
   if ((a | b) >> 32) return a / b;
@@ -308,6 +316,25 @@ inline std::vector<Plan> make_plans(int64_t rows, const std::vector<int64_t>& di
   return plans;
 }
 
+// ---- Entries of the matrix of losses ----
+
+MTKD_DEVICE bool counts(const View& mask, const Unit& unit) {
+  return unit.inside && (!mask || reinterpret_cast<const bool*>(
+                                      mask.data)[mask.offset(unit.row, 0, unit.teacher)]);
+}
+
+// The gradient to an entry; 0 where there is none or it is not counted.
+template <class A>
+MTKD_DEVICE A gradient_to(const View& coefficient, const Unit& unit, bool counted) {
+  return counted && coefficient ? get<A>(coefficient, unit.row, 0, unit.teacher) : A(0);
+}
+
+template <class A>
+MTKD_DEVICE void write_loss(const View& loss, const Unit& unit, bool counted, A value) {
+  if (loss && unit.inside && unit.lane == 0)
+    put(loss, unit.row, 0, unit.teacher, counted ? value : A(0));
+}
+
 // ---- Reductions ----
 
 extern __shared__ double shared_memory[];  // partial results of warps, then the loss's own
@@ -383,6 +410,39 @@ void launch(void (*kernel)(Parameters), int64_t blocks, uint32_t shared, const T
   check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments,
                          shared, static_cast<cudaStream_t>(stream)));
   check(cudaGetLastError());
+}
+
+// Launch a kernel as often as its table needs.
+template <class Parameters>
+void launch_plans(void (*kernel)(Parameters), const RowArguments& arguments,
+                  const Grouping& grouping, Parameters parameters) {
+  for (const Plan& plan : make_plans(arguments.rows, arguments.dims, grouping)) {
+    parameters.plan = plan;
+    launch(kernel, plan.blocks[kClasses], plan.shared, arguments.student, parameters);
+  }
+}
+
+// How a kernel takes columns: V at a time, as vectors or each by itself; it computes in A.
+template <class A, int V, bool Vector>
+struct Access {};
+
+// Calls body(Access<...>()) for the longest vectors that fit all columns' tensors.
+template <class Body>
+void with_access(const RowArguments& arguments, std::initializer_list<const View*> views,
+                 const Body& body) {
+  const auto fits = [&](int V) {
+    const auto whole = [V](int64_t width) { return width % V == 0; };
+    const auto aligned = [V](const View* view) { return view->aligned(V); };
+    return std::all_of(arguments.dims.begin(), arguments.dims.end(), whole) &&
+           std::all_of(views.begin(), views.end(), aligned);
+  };
+  if (arguments.dtype == ScalarType::Double) {
+    fits(2) ? body(Access<double, 2, true>()) : body(Access<double, 2, false>());
+  } else if (fits(8)) {
+    body(Access<float, 8, true>());
+  } else {
+    fits(4) ? body(Access<float, 4, true>()) : body(Access<float, 4, false>());
+  }
 }
 
 }  // namespace mtkd::cuda

@@ -33,11 +33,6 @@ struct Walk {
   const Unit& unit;
   int64_t mode;
 
-  template <class Body>
-  MTKD_DEVICE void each(const Body& body) const {
-    for (auto at = unit.first<V, Vector>(); at.first < at.end; at.first += int64_t{unit.lanes} * V)
-      body(at);
-  }
   MTKD_DEVICE void store_if_wanted(const View& view, const Columns& at,
                                    const A (&values)[V]) const {
     if (view) store<A, V, Vector>(view, view.offset(unit.row, mode, 0), at, values);
@@ -45,7 +40,7 @@ struct Walk {
 
   MTKD_DEVICE void zero_gradients() const {
     const A zeros[V] = {};
-    each([&](const Columns& at) {
+    each_step<V, Vector>(unit, [&](const Columns& at) {
       store_if_wanted(p.out.mean_grad, at, zeros);
       store_if_wanted(p.out.log_std_grad, at, zeros);
     });
@@ -60,7 +55,7 @@ struct Walk {
     const int64_t log_std_base = p.in.log_std.offset(unit.row, mode, 0);
     const int64_t target_base = p.in.target.offset(unit.row, 0, 0);
     A total = 0;
-    each([&](const Columns& at) {
+    each_step<V, Vector>(unit, [&](const Columns& at) {
       const auto mean_pack = load<V, Vector>(p.in.mean, mean_base, at);
       const auto log_std_pack = load<V, Vector>(p.in.log_std, log_std_base, at);
       const auto target_pack = load<V, Vector>(p.in.target, target_base, at);
@@ -100,21 +95,12 @@ struct Entry {
   bool counted;
   A constant = 0, scale = 1, grad = 0;
 
-  MTKD_DEVICE Entry(const Inputs& in, const Unit& unit) : counted(unit.inside) {
-    if (counted && in.mask)
-      counted =
-          reinterpret_cast<const bool*>(in.mask.data)[in.mask.offset(unit.row, 0, unit.teacher)];
+  MTKD_DEVICE Entry(const Inputs& in, const Unit& unit) : counted(counts(in.mask, unit)) {
     if (in.full) constant = static_cast<A>(gaussian::kHalfLog2Pi) * static_cast<A>(unit.width);
     if (in.per_dim) scale = A(1) / static_cast<A>(unit.width);
-    if (counted && in.coefficient) grad = scale * get<A>(in.coefficient, unit.row, 0, unit.teacher);
+    grad = scale * gradient_to<A>(in.coefficient, unit, counted);
   }
 };
-
-template <class A>
-MTKD_DEVICE void write_loss(const View& loss, const Unit& unit, const Entry<A>& entry, A value) {
-  if (loss && unit.inside && unit.lane == 0)
-    put(loss, unit.row, 0, unit.teacher, entry.counted ? entry.scale * value : A(0));
-}
 
 template <class A, int V, bool Vector>
 __global__ void __launch_bounds__(kThreads, Vector && sizeof(A) == 4 ? 3 : 2)
@@ -124,7 +110,8 @@ __global__ void __launch_bounds__(kThreads, Vector && sizeof(A) == 4 ? 3 : 2)
   const A energy = p.in.coefficient ? walk<true, V, Vector>(p, unit, 0, entry.counted, entry.grad)
                                     : walk<false, V, Vector>(p, unit, 0, entry.counted, entry.grad);
   if (!p.out.loss) return;
-  write_loss(p.out.loss, unit, entry, sum(energy, unit.lanes) + entry.constant);
+  const A loss = sum(energy, unit.lanes) + entry.constant;
+  write_loss(p.out.loss, unit, entry.counted, entry.scale * loss);
 }
 
 // The loss is log sum_m exp(logits_m) - log sum_m exp(joint_m), joint = logits - energy; lane m
@@ -145,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 2) mixture(const __grid_constant__ P
   }
   const A normaliser = log_sum_exp<A>(unit, modes, logit);
   const A evidence = log_sum_exp<A>(unit, modes, [&](int m) { return joint[m]; });
-  write_loss(p.out.loss, unit, entry, normaliser - evidence);
+  write_loss(p.out.loss, unit, entry.counted, entry.scale * (normaliser - evidence));
   if (!p.in.coefficient) return;
   synchronise(unit.lanes);  // every lane reads the joint of every mode from here on
   for (int m = unit.lane; p.out.logits_grad && unit.inside && m < modes; m += unit.lanes) {
@@ -161,26 +148,12 @@ __global__ void __launch_bounds__(kThreads, 2) mixture(const __grid_constant__ P
   }
 }
 
-// Whether every column's tensor can be walked over in vectors of V.
-bool aligned(const gaussian::Arguments& arguments, const Parameters& p, int V) {
-  for (int64_t width : arguments.dims)
-    if (width % V) return false;
-  for (const View* view :
-       {&p.in.mean, &p.in.log_std, &p.in.target, &p.out.mean_grad, &p.out.log_std_grad})
-    if (!view->aligned(V)) return false;
-  return true;
-}
-
 template <class A, int V, bool Vector>
-void launch_all(const gaussian::Arguments& arguments, Parameters& p) {
+void run_as(Access<A, V, Vector>, const gaussian::Arguments& arguments, const Parameters& p) {
   const bool mixed = static_cast<bool>(p.in.logits);
   const int64_t per_group = mixed ? arguments.modes * static_cast<int64_t>(sizeof(A)) : 0;
   const Grouping grouping(V, arguments.rows * arguments.columns, per_group);
-  for (const Plan& plan : make_plans(arguments.rows, arguments.dims, grouping)) {
-    p.plan = plan;
-    launch(mixed ? mixture<A, V, Vector> : plain<A, V, Vector>, plan.blocks[kClasses], plan.shared,
-           arguments.mean, p);
-  }
+  launch_plans(mixed ? mixture<A, V, Vector> : plain<A, V, Vector>, arguments, grouping, p);
 }
 
 void run(const gaussian::Arguments& arguments, const OptionalTensor& coefficient,
@@ -193,15 +166,9 @@ void run(const gaussian::Arguments& arguments, const OptionalTensor& coefficient
           arguments.per_dim,      arguments.full};
   p.out = {View(results.loss), View(results.mean_grad), View(results.log_std_grad),
            View(results.logits_grad)};
-  if (arguments.dtype == ScalarType::Double) {
-    aligned(arguments, p, 2) ? launch_all<double, 2, true>(arguments, p)
-                             : launch_all<double, 2, false>(arguments, p);
-  } else if (aligned(arguments, p, 8)) {
-    launch_all<float, 8, true>(arguments, p);
-  } else {
-    aligned(arguments, p, 4) ? launch_all<float, 4, true>(arguments, p)
-                             : launch_all<float, 4, false>(arguments, p);
-  }
+  with_access(arguments,
+              {&p.in.mean, &p.in.log_std, &p.in.target, &p.out.mean_grad, &p.out.log_std_grad},
+              [&](auto access) { run_as(access, arguments, p); });
 }
 
 }  // namespace

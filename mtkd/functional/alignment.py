@@ -81,8 +81,10 @@ def alignment(
 
     Note:
         For "mean" and "sum" student and target are read once (a row's second pass finds them in
-        the cache) and the gradient is written once; nothing else of size ``(*, D)`` is made. 16-bit
-        tensors are read as they are and computed in float32.
+        the cache) and the gradient is written once; nothing else of size ``(*, D)`` is made, unless
+        leading dimensions do not merge into one, as those of ``x[:, 1:]``: then inputs are copied.
+        16-bit tensors are read as they are and computed in float32, whose squares overflow for
+        numbers about 1e19. Within 1e-3 of cos = 1 or -1 an angle has few digits in float32.
 
     Source:
         Sariyildiz et al., "UNIC", ECCV 2024, arXiv 2408.05088, whose weights are the defaults.

@@ -111,6 +111,30 @@ def group_teachers(dims: Sequence[int] | None, **arguments: Any) -> list[Group]:
     return [Group(tensors, None, f"[{teacher}]") for teacher, tensors in rows]
 
 
+def check_teacher_logits(teacher: Any, student: Tensor) -> tuple[list[Tensor], int]:
+    """Check the teachers' logits beside a student's ``(*, C)``; return them and their number.
+
+    They are one tensor ``(*, T, C)``, or a sequence of T tensors ``(*, C)``.
+    """
+    if student.dim() < 1 or student.shape[-1] < 1:
+        shape = tuple(student.shape)
+        raise ValueError(f"student: expected shape (*, C), C at least 1, got shape {shape}")
+    if is_sequence(teacher):
+        if not teacher:
+            raise ValueError("teacher: expected one tensor a teacher, got none")
+        for t, each in enumerate(teacher):
+            check_target(f"teacher[{t}]", each, student.device)
+            check_shape(f"teacher[{t}]", each, student.shape)
+        return list(teacher), len(teacher)
+    check_target("teacher", teacher, student.device)
+    count = teacher.shape[-2] if teacher.dim() > 1 else 0
+    if not count:
+        shape = tuple(teacher.shape)
+        raise ValueError(f"teacher: expected shape (*, T, C), T at least 1, got shape {shape}")
+    check_shape("teacher", teacher, (*student.shape[:-1], count, student.shape[-1]))
+    return [teacher], count
+
+
 def check_bound(bound: float | None) -> None:
     """Raise ValueError unless `bound` is None or a positive finite number, in float32 too."""
     if bound is not None and not (isinstance(bound, (int, float)) and _LEAST <= bound <= _MOST):

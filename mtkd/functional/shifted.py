@@ -78,10 +78,10 @@ def shifted_mse(
         0.0
     """
     teachers = _check(student, target, offsets, dims)
-    check_mask(mask, (len(student), teachers), student.device)
+    check_mask(mask, (student.shape[0], teachers), student.device)
     rows, inside_rows = _positions(student.shape[1], target.shape[1], offsets[:, 0])
     columns, inside_columns = _positions(student.shape[2], target.shape[2], offsets[:, 1])
-    images = torch.arange(len(student), device=student.device)[:, None, None]
+    images = torch.arange(student.shape[0], device=student.device)[:, None, None]
     shifted = target[images, rows[:, :, None], columns[:, None, :]]
     overlap = inside_rows[:, :, None, None] & inside_columns[:, None, :, None]
     overlap = overlap.expand(*student.shape[:-1], teachers)
@@ -120,8 +120,8 @@ def _check(student: Tensor, target: Tensor, offsets: Tensor, dims: Sequence[int]
         raise TypeError(f"offsets: expected a tensor, got {type(offsets).__name__}")
     if offsets.is_floating_point() or offsets.is_complex() or offsets.dtype == torch.bool:
         raise TypeError(f"offsets: expected a tensor of integers, got {offsets.dtype}")
-    if offsets.shape != (len(student), 2):
-        expected, shape = (len(student), 2), tuple(offsets.shape)
+    if offsets.shape != (student.shape[0], 2):
+        expected, shape = (student.shape[0], 2), tuple(offsets.shape)
         raise ValueError(f"offsets: expected shape {expected}, got shape {shape}")
     if offsets.device != student.device:
         raise ValueError(f"offsets: expected device {student.device}, got {offsets.device}")

@@ -10,10 +10,10 @@ from torch.nn import functional
 
 from ..functional import linear_gaussian_nll
 from ..functional.checks import check_bound
-from ..packing import offsets, pack, split
+from ..packing import offsets, split
 from ..reduction import Weight
 from ..reference.columns import accumulate_dtype
-from .mlp import Parts, TeacherMLPs, check_count
+from .mlp import Parts, TeacherMLPs, check_count, show_teachers
 from .teachers import Tensors
 
 
@@ -138,21 +138,11 @@ class GaussianHeads(TeacherMLPs):
         reduction: str = "mean",
     ) -> Tensor:
         """Return the loss of the teachers' embeddings given the student's."""
-        features = self.features(student)
-        targets = self.teachers.in_order("target", target)
-        layers: list[dict[str, Any]] = [self._last(group) for group in range(len(features))]
+        count = len(self.teachers.dims) if self.depth else 1
+        layers = [self._last(group) for group in range(count)]
         options: dict[str, Any] = {"mask": mask, "weight": weight, "denominator": denominator}
         options |= {"bound": self.bound, "per_dim": self.per_dim, "reduction": reduction}
-        dims = self.teachers.dims
-        if not self.depth:
-            packed = targets if isinstance(targets, Tensor) else pack(targets)[0]
-            return linear_gaussian_nll(
-                features[0], target=packed, dims=dims, **layers[0], **options
-            )
-        if isinstance(targets, Tensor):
-            targets = split(targets, dims)
-        lists: dict[str, Any] = {key: [layer[key] for layer in layers] for key in layers[0]}
-        return linear_gaussian_nll(features, target=targets, **lists, **options)
+        return self.fused(linear_gaussian_nll, layers, student, target, **options)
 
     def _last(self, group: int) -> dict[str, Tensor]:
         """Return the last layer as keyword arguments of `linear_gaussian_nll`."""
@@ -190,8 +180,7 @@ class GaussianHeads(TeacherMLPs):
 
     def extra_repr(self) -> str:
         """Describe the heads."""
-        teachers = dict(zip(self.teachers.names, self.teachers.dims, strict=True))
-        shown = f"{self.in_features}, {teachers if self.teachers.named else self.teachers.dims}"
+        shown = show_teachers(self.in_features, self.teachers)
         if self.depth:
             shown += f", hidden={self.hidden}, activation={self.activation!r}"
         return (

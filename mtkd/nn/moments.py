@@ -93,6 +93,7 @@ _Self = TypeVar("_Self", bound="Estimator")
 class Estimator(nn.Module):
     """A module of teachers' statistics: measures batches, and its buffers keep their dtypes."""
 
+    expendable = True
     products = False
     mean: Tensor
 
@@ -128,7 +129,11 @@ class Estimator(nn.Module):
         def measure(tensor: Tensor, teachers: slice, _: slice) -> Tensor:
             check_tensor("target", tensor, self.mean.device)
             check_mask(mask, (*tensor.shape[:-1], len(self.teachers.dims)), self.mean.device)
-            counted = None if mask is None else mask[..., teachers].flatten(0, -2)
+            counted = (
+                None
+                if mask is None
+                else mask[..., teachers].reshape(-1, teachers.stop - teachers.start)
+            )
             rows, dims = tensor.reshape(-1, tensor.shape[-1]), self.teachers.dims[teachers]
             found.append(_of_blocks(rows, counted, dims, self.products))
             return tensor

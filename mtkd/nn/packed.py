@@ -23,6 +23,8 @@ class PackedModule(nn.Module, ABC):
     Teachers are found by name, so their order may differ between what is saved and what loads.
     """
 
+    expendable = True  # thrown away after training: `student_state_dict` leaves it out
+
     def __init__(self) -> None:
         super().__init__()
         self.register_state_dict_post_hook(_split)  # type: ignore[no-untyped-call]
@@ -69,3 +71,33 @@ def _join(
         for index, value in found:
             joined[index] = value
         state_dict[prefix + name] = joined
+
+
+def student_state_dict(module: nn.Module) -> dict[str, Any]:
+    """Return the state dict of a model without its expendable parts: what a user of it needs.
+
+    Modules whose attribute `expendable` is true are left out, wherever they are in the model: the
+    heads and projectors of `mtkd.nn`, and any module of yours that sets it. What they share with
+    another part of the model stays, under that part's name. Keys are otherwise those of
+    ``module.state_dict()``, wrappers' prefixes such as ``module.`` included.
+
+    Example:
+        >>> from torch import nn
+        >>> from mtkd.nn import Projectors, student_state_dict
+        >>> model = nn.ModuleDict({"student": nn.Linear(8, 4), "heads": Projectors(4, (3, 5))})
+        >>> list(student_state_dict(model))
+        ['student.weight', 'student.bias']
+    """
+    expendable = [x for x in module.modules() if getattr(x, "expendable", False)]
+    hooks = [x.register_state_dict_post_hook(_drop) for x in expendable]  # they know the prefix
+    try:
+        state: dict[str, Any] = module.state_dict()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return state
+
+
+def _drop(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        del state_dict[key]

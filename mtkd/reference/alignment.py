@@ -68,6 +68,10 @@ def _rows(
     return _Rows(student, target, widths)
 
 
+def _least_square(eps: float, dtype: torch.dtype) -> float:
+    return max(eps * eps, torch.finfo(dtype).tiny)  # less would be 0, and nothing clamped
+
+
 class _Directions(NamedTuple):
     cos: Tensor
     square: Tensor  # |s|^2
@@ -77,7 +81,8 @@ class _Directions(NamedTuple):
 def _directions(rows: _Rows, dims: Sequence[int], eps: float) -> _Directions:
     square = segment_sum(rows.student.square(), dims)
     other = segment_sum(rows.target.square(), dims)
-    norms = square.clamp(min=eps * eps).sqrt() * other.clamp(min=eps * eps).sqrt()
+    least = _least_square(eps, square.dtype)
+    norms = square.clamp(min=least).sqrt() * other.clamp(min=least).sqrt()
     return _Directions(segment_sum(rows.student * rows.target, dims) / norms, square, norms)
 
 
@@ -116,7 +121,7 @@ def alignment(
     """Return the matrix of losses ``(N, T)``; settings are those of `Weights`."""
     weights = Weights(*settings)
     rows = _rows(student, target, mask, dims, shift, scale)
-    loss = rows.student.new_zeros(len(student), len(dims))
+    loss = rows.student.new_zeros(student.shape[0], len(dims))
     if weights.directional:
         cos = _directions(rows, dims, weights.eps).cos
         loss = loss + weights.cosine * (1.0 - cos)
@@ -155,7 +160,9 @@ def alignment_gradient(
         if weights.angle:
             slope = slope + weights.angle * _dispersed(_angle(cos)[1], dispersion)
         to_cos = grad * slope
-        clamped = square <= weights.eps**2
+        if mask is not None:  # the dispersion of what is masked may be NaN
+            to_cos = to_cos.masked_fill(~mask, 0.0)
+        clamped = square <= _least_square(weights.eps, square.dtype)
         along = torch.where(clamped, 0.0, to_cos * cos / torch.where(clamped, 1.0, square))
         total = expand_columns(to_cos / norms, dims) * rows.target
         total = total - expand_columns(along, dims) * rows.student

@@ -28,14 +28,14 @@ PI = tl.constexpr(3.14159265358979323846)
 
 
 @triton.jit
-def _error(e, smooth_l1, mse, half_beta, inverse_beta, HUBER: tl.constexpr, SQUARE: tl.constexpr):
+def _error(e, smooth_l1, mse, beta, inverse_beta, HUBER: tl.constexpr, SQUARE: tl.constexpr):
     """Return the weighted terms of one difference, and their derivative; a NaN stays one."""
     term, derivative = tl.zeros_like(e), tl.zeros_like(e)
-    if HUBER:  # without beta, 1 / beta is so large that the slope is the sign
-        slope = e * inverse_beta
-        slope = tl.where(slope > 1.0, 1.0, slope)
-        slope = tl.where(slope < -1.0, -1.0, slope)
-        term += smooth_l1 * (slope * (e - half_beta * slope))
+    if HUBER:  # without beta, it is so small a number that the slope is the sign
+        inside = tl.where(e > beta, beta, e)
+        inside = tl.where(inside < -beta, -beta, inside)
+        slope = inside * inverse_beta
+        term += smooth_l1 * (slope * (e - 0.5 * inside))
         derivative += smooth_l1 * slope
     if SQUARE:
         term += mse * e * e
@@ -65,7 +65,7 @@ def _walk(
     share,
     smooth_l1,
     mse,
-    half_beta,
+    beta,
     inverse_beta,
     DIRECTION: tl.constexpr,
     HUBER: tl.constexpr,
@@ -94,7 +94,7 @@ def _walk(
             t *= tl.load(scale + column * scale_d, mask=here, other=0.0).to(share.dtype)
         s, t = tl.where(read, s, 0.0), tl.where(read, t, 0.0)
         e = s - t
-        term, derivative = _error(e, smooth_l1, mse, half_beta, inverse_beta, HUBER, SQUARE)
+        term, derivative = _error(e, smooth_l1, mse, beta, inverse_beta, HUBER, SQUARE)
         errors += term
         if DIRECTION:
             square += s * s
@@ -123,10 +123,10 @@ def _exact_sqrt(x):
 
 
 @triton.jit
-def _exact_ratio(x, y):
-    """Return x / y for y > 0; that of equals is exact, by a step of Newton's."""
-    ratio = x / y
-    return tl.where(y < float("inf"), ratio + tl.fma(-ratio, y, x) / y, ratio)
+def _exact_ratio(x, y, inverse):
+    """Return x / y for y > 0, given 1 / y; that of equals is exact, by a step of Newton's."""
+    ratio = x * inverse
+    return tl.where(y < float("inf"), ratio + tl.fma(-ratio, y, x) * inverse, ratio)
 
 
 @triton.jit
@@ -155,13 +155,14 @@ def arccos(x):
 
 @triton.jit
 def _directions(square, other, product, eps):
-    """Return the cosine, the product of the norms, and the factor of student in -d cos / d s."""
+    """Return the cosine, 1 / the norms' product, and the factor of student in -d cos / d s."""
     norm, other_norm = _exact_sqrt(square), _exact_sqrt(other)
     norms = tl.maximum(norm, eps) * tl.maximum(other_norm, eps)
-    cos = _exact_ratio(product, norms)  # of a single column exactly 1 or -1
+    inverse = 1.0 / norms
+    cos = _exact_ratio(product, norms, inverse)  # of a single column exactly 1 or -1
     clamped = norm <= eps
     along = tl.where(clamped, 0.0, cos / tl.where(clamped, 1.0, square))
-    return cos, norms, along
+    return cos, inverse, along
 
 
 @triton.jit
@@ -199,7 +200,7 @@ def _kernel(
     mse: tl.float64,
     angle: tl.float64,
     eps: tl.float64,
-    half_beta: tl.float64,
+    beta: tl.float64,
     inverse_beta: tl.float64,
     ACC: tl.constexpr,
     COSINE: tl.constexpr,  # which terms there are
@@ -227,13 +228,13 @@ def _kernel(
         c = coefficient + row * coefficient_n + teacher * coefficient_t
         grad += tl.load(c, mask=counted, other=0.0).to(ACC)
     wide = (end - begin).to(tl.int32)
-    columns = wide.to(ACC)
+    per_column = 1.0 / wide.to(ACC)
     spread = tl.full([], 1.0, ACC)
     if dispersion is not None:
         spread = tl.load(dispersion + teacher * dispersion_t).to(ACC)
     smooth_l1 = tl.full([], smooth_l1, ACC)
     mse = tl.full([], mse, ACC)
-    half_beta = tl.full([], half_beta, ACC)
+    beta = tl.full([], beta, ACC)
     inverse_beta = tl.full([], inverse_beta, ACC)
     student += row * student_n + begin * student_d
     target += row * target_n + begin * target_d
@@ -245,7 +246,7 @@ def _kernel(
         scale += begin * scale_d
     if output is not None:
         output += row * output_n + begin * output_d
-    share = grad / columns
+    share = grad * per_column
     DIRECTION: tl.constexpr = COSINE or ANGLE
     square, other, product, errors = _walk(
         student,
@@ -268,16 +269,16 @@ def _kernel(
         share,
         smooth_l1,
         mse,
-        half_beta,
+        beta,
         inverse_beta,
         DIRECTION,
         HUBER,
         SQUARE,
         COLUMNS,
     )
-    loss = errors / columns
+    loss = errors * per_column
     if DIRECTION:
-        cos, norms, along = _directions(square, other, product, tl.full([], eps, ACC))
+        cos, inverse, along = _directions(square, other, product, tl.full([], eps, ACC))
         slope = tl.zeros([ROWS], ACC)
         if COSINE:
             weight = tl.full([], cosine, ACC)
@@ -311,11 +312,11 @@ def _kernel(
             inside,
             counted,
             -to_cos * along,
-            to_cos / norms,
+            to_cos * inverse,
             share,
             smooth_l1,
             mse,
-            half_beta,
+            beta,
             inverse_beta,
             DIRECTION,
             HUBER,
@@ -325,10 +326,10 @@ def _kernel(
 
 
 def _numbers(dtype: torch.dtype, beta: float, eps: float) -> tuple[float, float, float]:
-    """Return eps, beta / 2 and 1 / beta such that 1 / eps^2 and 1 / beta are finite in a dtype."""
-    limits = torch.finfo(dtype)
-    inverse = 1.0 / beta if beta * limits.max > 1.0 else limits.max
-    return max(eps, sqrt(limits.tiny)), 0.5 * beta, inverse
+    """Return eps, beta and 1 / beta, at least so large that 1 / eps^2 and 1 / beta are finite."""
+    tiny = torch.finfo(dtype).tiny
+    beta = max(beta, tiny)
+    return max(eps, sqrt(tiny)), beta, 1.0 / beta
 
 
 def _launch(

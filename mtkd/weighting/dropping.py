@@ -1,13 +1,9 @@
-"""Rules that make weights of the matrix of losses: which teachers count, and how much.
-
-Each is a function ``(matrix, mask) -> weights``, so it can be given to a loss as it is::
-
-    gaussian_nll(mean, log_std, target, dims, weight=teacher_dropping)
-    gaussian_nll(mean, log_std, target, dims, weight=partial(teacher_dropping, p=0.25))
-"""
+"""Teacher dropping: which teachers of a row count."""
 
 import torch
 from torch import Tensor
+
+from .checks import check_matrix, wide
 
 NORMALIZATIONS = ("batch", "sample")
 
@@ -79,9 +75,13 @@ def teacher_dropping(
     _check(loss, mask, p, normalize, generator)
     loss = loss.detach()
     counted = torch.ones_like(loss, dtype=torch.bool) if mask is None else mask
-    draws = torch.rand(loss.shape, dtype=torch.float32, device=loss.device, generator=generator)
+    shape, device = loss.shape, loss.device
+    if generator is None:  # left out: given, even None, it has no symbolic shapes
+        draws = torch.rand(shape, dtype=torch.float32, device=device)
+    else:
+        draws = torch.rand(shape, dtype=torch.float32, device=device, generator=generator)
     kept = counted & (_largest(loss, counted) | (draws >= p))
-    weights = kept.to(torch.promote_types(loss.dtype, torch.float32))
+    weights = kept.to(wide(loss.dtype))
     if normalize == "sample":
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1.0)
     return weights
@@ -102,21 +102,7 @@ def _check(
     normalize: str,
     generator: torch.Generator | None,
 ) -> None:
-    for name, tensor in (("loss", loss), ("mask", loss if mask is None else mask)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if not loss.is_floating_point():
-        raise TypeError(f"loss: expected a floating-point tensor, got {loss.dtype}")
-    if loss.dim() < 1 or loss.shape[-1] < 1:
-        shape = tuple(loss.shape)
-        raise ValueError(f"loss: expected shape (*, T) with at least one teacher, got {shape}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected a bool tensor (True counts), got {mask.dtype}")
-    if mask is not None and mask.shape != loss.shape:
-        expected, got = tuple(loss.shape), tuple(mask.shape)
-        raise ValueError(f"mask: expected shape {expected}, got {got}")
-    if mask is not None and mask.device != loss.device:
-        raise ValueError(f"mask: expected device {loss.device}, got {mask.device}")
+    check_matrix("loss", loss, mask)
     if not isinstance(p, (int, float)):
         raise TypeError(f"p: expected a number between 0 and 1, got {type(p).__name__}")
     if not 0 <= p <= 1:
