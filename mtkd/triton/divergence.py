@@ -27,7 +27,7 @@ from .common import (
 
 INF = tl.constexpr(float("inf"))
 TINY = tl.constexpr(1.1754943508222875e-38)  # a mixture that is less adds nothing to any sum
-KEPT = 7  # numbers of a row and teacher that the second kernel reads
+KEPT = tl.constexpr(7)  # numbers of a row and teacher that the second kernel reads
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def _ratios(
 ):
     """Return KL(p_T || m) and KL(p_S || m) with the mixture m."""
     ACC: tl.constexpr = inverse.dtype
-    to_teacher = tl.zeros([counted.shape[0], COLUMNS], ACC)
+    to_teacher = tl.zeros([counted.shape[0]], ACC)
     to_student = to_teacher
     for start in range(0, width, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[None, :]
@@ -178,9 +178,9 @@ def _ratios(
         p = _probabilities(s, s_largest, s_share, inverse)
         q = _probabilities(t, t_largest, t_share, inverse)
         x, y = _log_ratios(p, q, forward, reverse)
-        to_student += p * x
-        to_teacher += q * y
-    return tl.sum(to_teacher, 1), tl.sum(to_student, 1)
+        to_student += tl.sum(p * x, 1)
+        to_teacher += tl.sum(q * y, 1)
+    return to_teacher, to_student
 
 
 @triton.jit
@@ -281,7 +281,10 @@ def _kernel(
     counted = inside
     if mask is not None:
         counted &= tl.load(mask + row * mask_n + which * mask_t, mask=inside, other=0) != 0
+    forward = tl.full([], forward, ACC)
+    reverse = tl.full([], reverse, ACC)
     inverse = tl.full([], inverse, ACC)
+    scale = tl.full([], scale, ACC)
     wide = (end - begin).to(tl.int32)
     own = begin * 0 if SHARED else begin
     student += row * student_n + own * student_d
@@ -302,9 +305,6 @@ def _kernel(
         REVERSE and not MIXTURE,
         COLUMNS,
     )
-    forward = tl.full([], forward, ACC)
-    reverse = tl.full([], reverse, ACC)
-    scale = tl.full([], scale, ACC)
     if MIXTURE:
         t_term, s_term = _ratios(
             student,
@@ -337,15 +337,14 @@ def _kernel(
         grad = tl.load(c, mask=counted, other=0.0).to(ACC) * (scale * inverse)
         grad = tl.where(counted & (loss != INF), grad, 0.0)
         if kept is not None:
-            kept += row * count + which
-            step = rows.to(tl.int64) * count
+            kept += (row * count + which) * KEPT
             tl.store(kept, s_largest, mask=inside)
-            tl.store(kept + step, s_share, mask=inside)
-            tl.store(kept + 2 * step, t_largest, mask=inside)
-            tl.store(kept + 3 * step, t_share, mask=inside)
-            tl.store(kept + 4 * step, s_term, mask=inside)
-            tl.store(kept + 5 * step, log, mask=inside)
-            tl.store(kept + 6 * step, grad, mask=inside)
+            tl.store(kept + 1, s_share, mask=inside)
+            tl.store(kept + 2, t_largest, mask=inside)
+            tl.store(kept + 3, t_share, mask=inside)
+            tl.store(kept + 4, s_term, mask=inside)
+            tl.store(kept + 5, log, mask=inside)
+            tl.store(kept + 6, grad, mask=inside)
         if student_grad is not None or teacher_grad is not None:
             if student_grad is not None:
                 student_grad += row * student_grad_n + begin * student_grad_d
@@ -422,8 +421,7 @@ def _shared_kernel(
     reverse = tl.full([], reverse, ACC)
     inverse = tl.full([], inverse, ACC)
     total = tl.zeros([ROWS, COLUMNS], ACC)
-    step = rows.to(tl.int64) * count
-    at = kept + row * count
+    at = kept + row * count * KEPT
     student += row * student_n
     teacher += row * teacher_n
     if mask is not None:
@@ -433,12 +431,12 @@ def _shared_kernel(
         if mask is not None:
             counted &= tl.load(mask, mask=inside, other=0) != 0
         s_largest = tl.load(at, mask=inside, other=0.0)
-        s_share = tl.load(at + step, mask=inside, other=0.0)
-        t_largest = tl.load(at + 2 * step, mask=inside, other=0.0)
-        t_share = tl.load(at + 3 * step, mask=inside, other=0.0)
-        s_term = tl.load(at + 4 * step, mask=inside, other=0.0)
-        log = tl.load(at + 5 * step, mask=inside, other=0.0)
-        grad = tl.load(at + 6 * step, mask=inside, other=0.0)
+        s_share = tl.load(at + 1, mask=inside, other=0.0)
+        t_largest = tl.load(at + 2, mask=inside, other=0.0)
+        t_share = tl.load(at + 3, mask=inside, other=0.0)
+        s_term = tl.load(at + 4, mask=inside, other=0.0)
+        log = tl.load(at + 5, mask=inside, other=0.0)
+        grad = tl.load(at + 6, mask=inside, other=0.0)
         s, t = _read(
             student,
             teacher,
@@ -470,7 +468,7 @@ def _shared_kernel(
             MIXTURE,
         )
         total += to_student
-        at += 1
+        at += KEPT
         teacher += width * teacher_d
         if mask is not None:
             mask += mask_t
@@ -537,13 +535,8 @@ def _launch(
         if student_grad is None or not shared:
             run(matrix, student_grad, teacher_grad, None)
             return
-        kept = torch.empty(
-            KEPT,
-            rows,
-            count,
-            dtype=torch.float64 if double else torch.float32,
-            device=student.device,
-        )
+        dtype = torch.float64 if double else torch.float32
+        kept = torch.empty(rows, count, KEPT.value, dtype=dtype, device=student.device)
         run(matrix, None, None, kept)
         # what it may take the place of is read until the teachers' gradients are written
         total = student_grad if teacher_grad is None else torch.empty_like(student_grad)
