@@ -136,7 +136,7 @@ LOSSES: tuple[Loss, ...] = (
 
 # Which kernels serve a row loss on a GPU, "triton" or "compiled": the measured faster of the two,
 # and Triton where nothing has been measured.
-ON_GPU = {"gaussian_nll": "triton", "alignment": "triton"}
+ON_GPU = {"gaussian_nll": "triton", "alignment": "triton", "kl_div": "triton"}
 
 _FAMILIES = {  # files of mtkd/triton
     "gaussian_nll": "gaussian",

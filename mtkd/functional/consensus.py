@@ -93,8 +93,9 @@ def consensus(
         TypeError: not a tensor, an integer dtype, a DTensor.
 
     Note:
-        The messages are read once where they are, not stacked or copied, whatever their strides,
-        and computed in float32. A kernel's weights cost as much memory as float32 messages.
+        On a CPU the messages are read once where they are, not stacked or copied, whatever their
+        strides, and computed in float32; on a GPU up to 16 of them without classes likewise, while
+        others are stacked. A kernel's weights cost as much memory as float32 messages.
         `scale_dims` reads the messages twice a step, for class maps softmax and vote read them
         once from memory and again from a cache. Gradients to messages that are live networks' are
         an error unless it is called under ``torch.no_grad()``.

@@ -58,7 +58,7 @@ def _rows(layer: Layer, settings: Sequence[Any]) -> Kernel:
 
     def run(tile: Tile) -> tuple[Tensor, None]:
         assert tile.z is not None
-        on_triton = "kl_div" in ops.ON_GPU and ops.has_triton(tile.x)
+        on_triton = ops.has_triton(tile.x)
         layer.project(tile.x, tile.columns, tile.z, with_bias=not on_triton)
         student, teacher = tile.z[:, 0], tile.target
         if teacher.dtype.itemsize > student.dtype.itemsize:  # the student decides the precision
