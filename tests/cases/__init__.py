@@ -6,6 +6,8 @@ the large cases, above 4 MiB, are streamed past the caches. They are more than T
 interpreter can carry; the others are above one of its tiles in each dimension.
 """
 
+from mtkd import ops
+
 from .alignment import ALIGNMENT_CASES
 from .case import INTERPRETED, Case
 from .divergence import DIVERGENCE_CASES
@@ -22,5 +24,14 @@ ALL_CASES = (
     *MIXTURE_CASES,
     *DIVERGENCE_CASES,
 )
-CASES = tuple(case for case in ALL_CASES if not (case.large and INTERPRETED))
+
+
+def _runs_here(case: Case) -> bool:
+    """Whether to run a case: interpreted, only losses with kernels, at sizes that it can carry."""
+    if not INTERPRETED:
+        return True
+    return not case.large and case.loss.name.removeprefix("linear_") in ops.ON_GPU
+
+
+CASES = tuple(filter(_runs_here, ALL_CASES))
 TINY_CASES = tuple(case for case in CASES if sum(case.dims) <= 10)
