@@ -22,7 +22,7 @@ ALLOWED = {
     "dispatch": set(),
     "packing": set(),
     "plan": set(),
-    "reduction": set(),
+    "reduction": {"dispatch"},
     "weighting": {"reduction"},
     "information": set(),
     "triton": set(),

@@ -41,8 +41,8 @@ def mixture_kl(
         student: the student's logits.
         teacher: the teachers' logits, packed or one tensor a teacher; any floating dtype, no
             gradient.
-        weight: weights of teachers ``(T,)`` or of entries ``(*, T)``, at least 0; may require grad,
-            such as those of a gate; None means equal ones.
+        weight: weights of teachers ``(T,)`` or of entries ``(*, T)``, at least 0 (not checked: a
+            GPU would have to wait); may require grad, as a gate's do; None means equal ones.
         temperature: divides all logits.
         temperature_scale: whether to multiply by the squared temperature, which keeps the size of
             the gradient.
@@ -135,7 +135,8 @@ def dirichlet_mixture(
         0-dim tensor; float32, or float64 for a float64 student.
 
     Raises:
-        ValueError: shapes or devices that do not fit, a negative concentration, a teacher that
+        ValueError: shapes or devices that do not fit, a negative number as
+            concentration, a teacher that
             requires grad.
         TypeError: not a tensor, an integer dtype, a DTensor.
 

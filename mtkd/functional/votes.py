@@ -50,7 +50,8 @@ def majority_vote(
         temperature: divides the teachers' logits for "soft" and "mean".
         weight: weights of teachers ``(T,)`` or of entries ``(*, T)``; may require grad; or a
             callable ``(matrix, mask) -> weights``. For "plurality" and "mean" they weigh the votes
-            in a row: a tensor of numbers of at least 0 without gradient, only their ratios count.
+            in a row: a tensor of numbers of at least 0 (not checked: a GPU would have to wait),
+            without gradient; only their ratios count.
         mask: entries that count, ``(*, T)`` bool; whatever the others hold adds nothing. For
             "plurality" and "mean" a row counts if a teacher of weight above 0 does.
         denominator: divides the sum, in place of the sum of the counted weights, or for "plurality"
@@ -158,7 +159,7 @@ def disagreement(student: Tensor, teacher: Tensors) -> Tensor:
     check_tensor("student", student)
     teachers, _ = check_teacher_logits(teacher, student, least=2)
     decision = largest(student.detach())
-    agreed = [(largest(x) & decision).any(-1) for x in _each(teachers)]
+    agreed = [(largest(x) & decision).any(-1) for x in _each(teachers, student)]
     return 1.0 - torch.stack(agreed, -1).float()
 
 
@@ -217,7 +218,7 @@ def consensus_labels(
     total = votes.sum(-1, keepdim=True)
     parts = votes / total.masked_fill(total == 0, 1.0)
     shares = torch.zeros(like.shape, dtype=votes.dtype, device=device)
-    for logits, part in zip(_each(teachers), parts.split(1, -1), strict=True):
+    for logits, part in zip(_each(teachers, like), parts.split(1, -1), strict=True):
         vote = uniform(largest(logits), votes.dtype)
         shares += (part * vote).masked_fill(part == 0, 0.0)
     won = winners(shares)
@@ -229,9 +230,10 @@ def consensus_labels(
     return Consensus(labels.squeeze(-1), share.squeeze(-1), margin.squeeze(-1))
 
 
-def _each(teachers: Sequence[Tensor]) -> Sequence[Tensor]:
-    """One teacher after another."""
-    views: Sequence[Tensor] = teachers[0].unbind(-2) if len(teachers) == 1 else teachers
+def _each(teachers: Sequence[Tensor], student: Tensor) -> Sequence[Tensor]:
+    """One teacher after another, of packed ones too."""
+    packed = teachers[0].dim() > student.dim()
+    views: Sequence[Tensor] = teachers[0].unbind(-2) if packed else teachers
     return views
 
 

@@ -6,7 +6,8 @@ With weights w, mask m (True counts) and losses l, all over rows and teachers::
     sum    sum(w m l)
     mean   sum(w m l) / sum(w m), or / denominator when one is given
 
-A zero denominator, as when nothing counts, gives 0 and zero gradients.
+A zero denominator, as when nothing counts, gives 0 and zero gradients. An infinite loss of weight 0
+adds nothing, and nothing to the gradient of that weight.
 
 Weights may be a rule, a callable ``(matrix, mask) -> weights`` such as those of `mtkd.weighting`.
 The matrix has to be known before its coefficients then, so gradients cannot come with the value:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..dispatch import spare_infinite
 from .checks import Weight, as_losses, check_arguments, check_weight
 
 
@@ -31,6 +32,7 @@ def reduce(
     mask: Tensor | None,
     denominator: float | Tensor | None,
     reduction: str,
+    shared: bool = False,
 ) -> Tensor:
     """Call a loss's operators and reduce their matrices.
 
@@ -46,6 +48,8 @@ def reduce(
         mask: ``(*leading, T)`` bool, or None.
         denominator: number or 0-dim tensor to divide by, for reduction="mean" alone.
         reduction: "none", "mean" or "sum".
+        shared: whether calls share a tensor that takes a gradient: kept with the value, there
+            would be one for each call, so backward makes them then.
 
     Returns:
         ``(*leading, T)`` for "none", else a 0-dim tensor.
@@ -58,7 +62,7 @@ def reduce(
     check_arguments(shape, device, weight, mask, denominator, reduction)
     rows = None if mask is None else mask.reshape(-1, shape[-1])
     parts: Sequence[Any] = split_columns(rows, counts)
-    if needs_matrix(weight, reduction):
+    if needs_matrix(weight, reduction) or shared:
         columns = [loss.matrix(part, *call) for part, call in zip(parts, calls, strict=True)]
         matrix = columns[0] if len(columns) == 1 else torch.cat(columns, -1)
         return _reduce_matrix(matrix.reshape(shape), weight, mask, denominator, reduction)
@@ -137,7 +141,7 @@ def _reduce_matrix(
         return _weigh(matrix, weight, rows).reshape(shape)
     flat = (matrix.shape[0], teachers)
     c = coefficients(flat, weight, rows, denominator, reduction, dtype, device)
-    return (c * _weigh(matrix, None, rows)).sum()
+    return (c * spare_infinite(c, _weigh(matrix, None, rows))).sum()
 
 
 def coefficients(
@@ -181,7 +185,7 @@ def _weigh(matrix: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor
         return matrix
     if mask is not None:  # both, since zero gradients must not meet a NaN in the product's backward
         weight = weight.expand_as(matrix).masked_fill(~mask, 0.0)
-    return matrix * weight
+    return spare_infinite(weight, matrix) * weight
 
 
 def _weight_rows(weight: Any, dtype: torch.dtype) -> Tensor | None:

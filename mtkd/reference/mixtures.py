@@ -16,7 +16,7 @@ With p the student's softmax, q_t teacher t's, w_t its weight and W the sum of t
     d loss / d k_t = -r_t (digamma(C + k_t) - sum_c q_tc digamma(1 + k_t q_tc) + sum_c q_tc log p_c)
 
 where a_t is the log-density of p under Dirichlet(1 + k_t q_t). Teachers are walked over a few at a
-time, one where classes are many: nothing of size ``(N, T, C)`` is made. Shapes: student ``(N, C)``;
+time, one where classes are many: max(C, 4096) numbers a row. Shapes: student ``(N, C)``;
 teacher one tensor ``(N, T, C)`` or T tensors ``(N, C)``; weight, counted and concentration k ``(N,
 T)``; mask and loss ``(N, 1)``.
 """
