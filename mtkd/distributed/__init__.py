@@ -1,0 +1,6 @@
+"""Several processes: heads shared out by teacher, and losses reduced exactly over ranks."""
+
+from .reduction import reduce_over_ranks
+from .teacher_parallel import TeacherParallel
+
+__all__ = ["TeacherParallel", "reduce_over_ranks"]
