@@ -50,8 +50,8 @@ class TeacherParallel(nn.Module):
         Keep this module out of DDP and FSDP: wrap the student alone. The heads' gradients are
         averaged over ranks as the student's are, and need no reduction. Clip the norms of student
         and heads separately, since the heads' norm differs between ranks. Every rank must make the
-        same calls, backward among them. Teachers go to ranks widest first, each to the rank
-        with the least. A rank receives ``N (H + D_own)`` numbers a step, N rows of all ranks, and
+        same calls, backward among them. Teachers go to ranks by their numbers of
+        parameters, largest first, each to the rank with the least. A rank receives ``N (H + D_own)`` numbers a step, N rows of all ranks, and
         sends a matrix back; the host waits once, for the numbers of rows.
 
         Heads are first made whole on every rank, so that they start as one process's with the same
@@ -84,8 +84,6 @@ class TeacherParallel(nn.Module):
         super().__init__()
         self.teachers, self.method, self.group = Teachers.of(dims), method, group
         self.rank, self.ranks = place(group)
-        self.shares = share(self.teachers.dims, self.ranks)
-        self.own = tuple(self.teachers.names[teacher] for teacher in self.shares[self.rank])
         self._child = f"rank_{self.rank}"
         self.keys = self._make(make_heads)
         order = [teacher for share in self.shares for teacher in share]
@@ -97,6 +95,7 @@ class TeacherParallel(nn.Module):
     def _make(self, make_heads: Callable[[Mapping[str, int]], nn.Module]) -> tuple[str, ...]:
         """Make this rank's heads, a part of the whole; return the whole's keys."""
         dims = dict(zip(self.teachers.names, self.teachers.dims, strict=True))
+        share((1,) * len(dims), self.ranks)  # enough teachers, before anything is made
         whole = make_heads(dims)
         if not isinstance(whole, PackedModule):
             expected = "GaussianHeads or Projectors of mtkd.nn"
@@ -105,6 +104,10 @@ class TeacherParallel(nn.Module):
             raise ValueError(f"method: expected one of {type(whole).__name__}, got {self.method!r}")
         state = whole.state_dict()
         with torch.device("meta"):  # takes no memory, draws no random numbers
+            each = [make_heads({name: width}) for name, width in dims.items()]
+            sizes = [sum(p.numel() for p in heads.parameters()) for heads in each]
+            self.shares = share(sizes, self.ranks)
+            self.own = tuple(self.teachers.names[teacher] for teacher in self.shares[self.rank])
             own = make_heads({name: dims[name] for name in self.own})
         own.load_state_dict({key: state[key] for key in own.state_dict()}, assign=True)
         self.add_module(self._child, own)
@@ -217,8 +220,8 @@ class TeacherParallel(nn.Module):
         return f"rank {self.rank} of {self.ranks}, own={self.own}"
 
 
-def share(dims: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
-    """Share teachers out, widest first, each to the rank with the least; return each rank's.
+def share(sizes: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
+    """Share teachers of these sizes out, largest first, each to the rank with the least; return each rank's.
 
     Raises:
         ValueError: more ranks than teachers.
@@ -228,13 +231,12 @@ def share(dims: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
         >>> share((3, 8, 5, 1), 2)
         ((1, 3), (0, 2))
     """
-    if ranks > len(dims):
+    if ranks > len(sizes):
         expected = f"at least {ranks} teachers, one a rank"
-        raise ValueError(f"dims: expected {expected}, got {len(dims)}")
+        raise ValueError(f"dims: expected {expected}, got {len(sizes)}")
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    for teacher in sorted(range(len(dims)), key=lambda teacher: -dims[teacher]):
-        # an empty rank first, then the one of least width
-        least = min(shares, key=lambda own: (bool(own), sum(dims[each] for each in own)))
+    for teacher in sorted(range(len(sizes)), key=lambda teacher: -sizes[teacher]):
+        least = min(shares, key=lambda own: sum(sizes[each] for each in own))
         least.append(teacher)
     return tuple(tuple(sorted(own)) for own in shares)
 
