@@ -309,7 +309,7 @@ def own_part_of(state, parts):
 def ranks_that_differ_get_the_same_sentence(rank, folder):
     heads = shared_out(PACKED["linear"]).heads
     x, target, mask = data()
-    with pytest.raises(ValueError, match=r"a mask: expected the same on all ranks, got \[0, 1\]"):
+    with pytest.raises(ValueError, match="a mask: expected the same on all ranks, got 0, 1"):
         heads(x, target, mask=mask if rank else None)
     with pytest.raises(ValueError, match=r"target's dtype: .*torch.float64, torch.float16"):
         heads(x, target.to((torch.float64, torch.float16)[rank]))
@@ -376,12 +376,14 @@ def run(rank, folder):
         timeout=timedelta(seconds=20),
     )
     for name, function in CHECKS.items():
+        t0=time.time()
         try:
             function(rank, folder)
             result = ""
         except BaseException:
             result = traceback.format_exc()
         (folder / f"{name}.{rank}").write_text(result)
+        print(rank, name, time.time()-t0, time.process_time(), flush=True)
         if result:  # the ranks are no longer in step
             break
     distributed.destroy_process_group()

@@ -198,8 +198,9 @@ class TeacherParallel(nn.Module):
             (*names, "whether the student requires grad"), *(each[1:] for each in told), strict=True
         ):
             if len(set(values)) > 1:
-                shown = [str(_DTYPES[v]) if "dtype" in name else v for v in values]
-                raise ValueError(f"{name}: expected the same on all ranks, got {shown}")
+                shown = (str(_DTYPES[v] if "dtype" in name else v) for v in values)
+                got = ", ".join(shown)
+                raise ValueError(f"{name}: expected the same on all ranks, got {got}")
         return [each[0] for each in told]
 
     def full_state_dict(self) -> dict[str, Tensor]:
