@@ -2,6 +2,6 @@
 
 from .reduction import reduce_over_ranks
 from .sharding import shard_evenly
-from .teacher_parallel import TeacherParallel
+from .teacher_parallel import TeacherParallel, keep_apart
 
-__all__ = ["TeacherParallel", "reduce_over_ranks", "shard_evenly"]
+__all__ = ["TeacherParallel", "keep_apart", "reduce_over_ranks", "shard_evenly"]

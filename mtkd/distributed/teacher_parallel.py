@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
 
 from ..functional.checks import check_shape, check_tensor
 from ..nn.packed import PackedModule
-from ..nn.teachers import Teachers, Tensors, check_mask
+from ..nn.teachers import Teachers, Tensors
 from ..packing import pack, split
-from ..reduction import Weight
+from ..reduction import Weight, check_mask
 from .exchange import exchange, gather, place, tell
 from .reduction import reduce_over_ranks
 
@@ -47,12 +48,16 @@ class TeacherParallel(nn.Module):
         TypeError: `make_heads` that makes something else, not a floating-point tensor.
 
     Note:
-        Keep this module out of DDP and FSDP: wrap the student alone. The heads' gradients are
-        averaged over ranks as the student's are, and need no reduction. Clip the norms of student
-        and heads separately, since the heads' norm differs between ranks. Every rank must make the
-        same calls, backward among them. Teachers go to ranks by their numbers of
-        parameters, largest first, each to the rank with the least. A rank receives ``N (H + D_own)`` numbers a step, N rows of all ranks, and
-        sends a matrix back; the host waits once, for the numbers of rows.
+        Keep this module out of DDP and FSDP: wrap the student alone, or see `keep_apart` for DDP
+        and `ignored_params` of `fully_shard`. The heads' gradients are averaged over ranks, as the
+        student's are, and need no reduction. Clip the norms of student and heads separately, since
+        that of the heads differs between ranks. Every rank must make the same calls, backward
+        among them.
+
+        Teachers go to ranks by their numbers of parameters, largest first, each to the rank with
+        the least. With N rows on all ranks, a rank receives ``N (H + D_own)`` numbers in
+        forward and its rows' gradients from all ranks in backward. The host waits once, for
+        the numbers of rows.
 
         Heads are first made whole on every rank, so that they start as one process's with the same
         seed; only a rank's own stay. The state dict has those, ``teachers.<name>...``; it loads
@@ -72,6 +77,7 @@ class TeacherParallel(nn.Module):
 
     expendable = True
     order: Tensor
+    owner: Tensor
 
     def __init__(
         self,
@@ -89,6 +95,7 @@ class TeacherParallel(nn.Module):
         order = [teacher for share in self.shares for teacher in share]
         order = sorted(range(len(order)), key=order.__getitem__)
         self.register_buffer("order", torch.tensor(order), persistent=False)
+        self.register_buffer("owner", torch.tensor(self.rank), persistent=False)  # see _counts
         self.register_state_dict_post_hook(_shorten)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_lengthen)  # type: ignore[no-untyped-call]
 
@@ -192,7 +199,13 @@ class TeacherParallel(nn.Module):
         """Return the number of rows of each rank; all else must be the same on all."""
         kinds = (_DTYPES.index(rows.dtype), _DTYPES.index(target.dtype))
         flags = (int(mask is not None), int(rows.requires_grad and torch.is_grad_enabled()))
-        told = tell((len(rows), rows.shape[1], *kinds, *flags), rows.device, self.group)
+        told = tell((len(rows), rows.shape[1], *kinds, *flags), self.owner, self.group)
+        if [each.pop() for each in told] != list(range(self.ranks)):  # DDP broadcasts buffers
+            expected = "heads that each rank keeps to itself, got rank 0's on all"
+            raise RuntimeError(
+                f"heads: expected {expected}; before DistributedDataParallel wraps the model, call"
+                " mtkd.distributed.keep_apart(model), or wrap the student alone"
+            )
         names = ("student's width", "student's dtype", "target's dtype", "whether there is a mask")
         for name, *values in zip(
             (*names, "whether the student requires grad"), *(each[1:] for each in told), strict=True
@@ -221,8 +234,30 @@ class TeacherParallel(nn.Module):
         return f"rank {self.rank} of {self.ranks}, own={self.own}"
 
 
+def keep_apart(model: nn.Module) -> None:
+    """Have DistributedDataParallel leave alone what ranks hold of their own in a model.
+
+    Call it before the model is wrapped, if a `TeacherParallel` is inside.
+
+    Example:
+        >>> from torch import nn
+        >>> from mtkd.distributed import TeacherParallel, keep_apart
+        >>> from mtkd.nn import Projectors
+        >>> heads = TeacherParallel(lambda dims: Projectors(4, dims), (3, 5), method="alignment")
+        >>> model = nn.ModuleDict({"student": nn.Linear(8, 4), "heads": heads})
+        >>> keep_apart(model)  # then DistributedDataParallel(model)
+    """
+    names = [
+        f"{path}.{name}" if path else name
+        for path, part in model.named_modules()
+        if isinstance(part, TeacherParallel)
+        for name, _ in (*part.named_parameters(), *part.named_buffers())
+    ]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
 def share(sizes: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
-    """Share teachers of these sizes out, largest first, each to the rank with the least; return each rank's.
+    """Return each rank's teachers: the largest first, each to the rank that has the least.
 
     Raises:
         ValueError: more ranks than teachers.

@@ -38,10 +38,10 @@ class PackedModule(nn.Module, ABC):
     def check_whole(self) -> None:
         """Raise TypeError where a kernel would meet a parameter that FSDP has sharded."""
         if any(hasattr(parameter, "device_mesh") for parameter in self.parameters()):
-            name = type(self).__name__
             raise TypeError(
-                f"{name}: expected whole parameters, got DTensors: FSDP gathers them around forward"
-                " alone; for another method call torch.distributed.fsdp.register_fsdp_forward_method"
+                f"{type(self).__name__}: expected whole parameters, got DTensors, which FSDP"
+                " gathers around forward alone; for another method there is"
+                " torch.distributed.fsdp.register_fsdp_forward_method"
             )
 
     def pieces_of(self) -> dict[str, list[Piece]]:
@@ -78,8 +78,8 @@ def _split(module: PackedModule, state_dict: dict[str, Any], prefix: str, *_: An
     for parameter, pieces in module.pieces_of().items():
         packed = state_dict.pop(prefix + parameter)
         whole = _whole(packed)  # gathered once
-        for name, _, index in pieces:
-            state_dict[prefix + name] = _placed_as(packed, whole[index])
+        for piece in pieces:
+            state_dict[prefix + piece.name] = _placed_as(packed, whole[piece.where])
     for piece in module.pieces():  # a teacher's keys together
         state_dict[prefix + piece.name] = state_dict.pop(prefix + piece.name)
 
