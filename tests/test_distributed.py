@@ -1,5 +1,6 @@
 """Two processes against one: every check runs in one pair of processes, launched once."""
 
+import copy
 import time
 import traceback
 from datetime import timedelta
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mtkd.distributed import TeacherParallel, keep_apart, reduce_over_ranks, shard_evenly
 from mtkd.distributed.teacher_parallel import share
 from mtkd.functional import alignment
+from mtkd.integrations.sentence_transformers import DistillationLoss
 from mtkd.nn import GaussianHeads, Ladder, Projectors, TeacherNorm
 from mtkd.reduction import reduce_matrix
 from mtkd.weighting import teacher_dropping
@@ -126,13 +128,17 @@ def ddp_equals_one_process(rank, folder):
         same(get_model_state_dict(wrapped), model.state_dict())
 
 
+@cache
+def mesh():
+    return distributed.init_device_mesh("cpu", (RANKS,))
+
+
 def sharded(heads, **options):
     model = Model(heads)
-    mesh = distributed.init_device_mesh("cpu", (RANKS,))
-    fully_shard(model.heads, mesh=mesh, **options)
+    fully_shard(model.heads, mesh=mesh(), **options)
     if isinstance(model.heads, Projectors):
         register_fsdp_forward_method(model.heads, "alignment")
-    return fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh())
 
 
 @check
@@ -192,7 +198,7 @@ def fsdp_state_dicts_stay_sharded_and_load(rank, folder):
 @check
 def sharded_parameters_outside_of_forward_are_a_sentence(rank, folder):
     for heads in (PACKED["linear"], PACKED["projectors"]):
-        projectors = fully_shard(heads(DIMS), mesh=distributed.init_device_mesh("cpu", (RANKS,)))
+        projectors = fully_shard(heads(DIMS), mesh=mesh())
         with pytest.raises(TypeError, match="register_fsdp_forward_method"):
             projectors.alignment(torch.randn(2, 6), torch.randn(2, sum(WIDTHS)))
 
@@ -378,6 +384,51 @@ def a_group_of_ones_own_is_one_process(rank, folder):
     same(parts.full_state_dict(), heads.state_dict())
     with pytest.raises(ValueError, match="group: expected a process group that this process is in"):
         TeacherParallel(PACKED["gaussian"], DIMS, group=groups[1 - rank])
+
+
+class Sentences(nn.Module):
+    """What stands for a SentenceTransformer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, features):
+        return {"sentence_embedding": self.linear(features["x"])}
+
+
+@check
+def sentence_transformers_loss_equals_one_process(rank, folder):
+    for name in ("mixtures", "projectors"):
+        torch.manual_seed(0)
+        heads = PACKED[name](DIMS)
+        method = "alignment" if isinstance(heads, Projectors) else "forward"
+        one, model = copy.deepcopy(heads), Sentences()
+        call = getattr(one, method)
+
+        def loss(x, target, mask, model=model, call=call):
+            return call(model({"x": x})["sentence_embedding"], target, mask=mask)
+
+        losses, _ = train(loss, [*model.parameters(), *one.parameters()])
+        with torch.no_grad():
+            for parameter in heads.parameters():
+                parameter.add_(rank)  # ranks begin as rank 0 does, whatever their seeds
+        torch.manual_seed(0)
+        parts = TeacherParallel(PACKED[name], DIMS, method=method)
+        for each in (heads, parts):
+            wrapped = DistributedDataParallel(Sentences())
+            distilled = DistillationLoss(wrapped, each)
+
+            def labelled(x, target, mask, distilled=distilled):
+                columns = torch.tensor(WIDTHS)
+                target = target.masked_fill(~mask.repeat_interleave(columns, 1), torch.nan)
+                return distilled([{"x": x}], target)
+
+            found = train(labelled, distilled.parameters(), rank)[0]
+            close(torch.tensor(found), torch.tensor(losses))
+            same(each.state_dict(), {k: one.state_dict()[k] for k in each.state_dict()})
+            same(wrapped.module.state_dict(), model.state_dict())
 
 
 @check
