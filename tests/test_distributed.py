@@ -1,10 +1,12 @@
 """Two processes against one: every check runs in one pair of processes, launched once."""
 
 import copy
+import re
 import time
 import traceback
 from datetime import timedelta
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
+import mtkd
 from mtkd.distributed import TeacherParallel, keep_apart, reduce_over_ranks, shard_evenly
 from mtkd.distributed.teacher_parallel import share
 from mtkd.functional import alignment
@@ -429,6 +432,15 @@ def sentence_transformers_loss_equals_one_process(rank, folder):
             close(torch.tensor(found), torch.tensor(losses))
             same(each.state_dict(), {k: one.state_dict()[k] for k in each.state_dict()})
             same(wrapped.module.state_dict(), model.state_dict())
+
+
+@check
+def the_page_runs(rank, folder):
+    page = (Path(mtkd.__file__).parents[1] / "docs/distributed.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "docs/distributed.md", "exec"), {})
 
 
 @check
