@@ -37,7 +37,8 @@ class PackedModule(nn.Module, ABC):
 
     def check_whole(self) -> None:
         """Raise TypeError where a kernel would meet a parameter that FSDP has sharded."""
-        if any(hasattr(parameter, "device_mesh") for parameter in self.parameters()):
+        first = next(iter(self._parameters.values()))  # FSDP shards all of a module's, or none
+        if hasattr(first, "device_mesh"):
             raise TypeError(
                 f"{type(self).__name__}: expected whole parameters, got DTensors, which FSDP"
                 " gathers around forward alone; for another method there is"
