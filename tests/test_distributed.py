@@ -337,6 +337,39 @@ def own_part_of(state, parts):
 
 
 @check
+def teacher_parallel_training_goes_on_from_a_checkpoint(rank, folder):
+    x, target, _ = data()
+
+    def begin():
+        parts = nn.ModuleDict({"heads": shared_out(PACKED["deep"]).heads})
+        return parts, torch.optim.AdamW(parts.parameters(), 1e-2)
+
+    def step(parts, optimizer):
+        parts["heads"](x[rank:], target[rank:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def state(parts, optimizer):
+        return {
+            "model": get_model_state_dict(parts),
+            "optimizer": get_optimizer_state_dict(parts, optimizer),
+        }
+
+    parts, optimizer = begin()
+    step(parts, optimizer)
+    checkpoint.save(state(parts, optimizer), checkpoint_id=f"{folder}/going")
+    step(parts, optimizer)
+    again, fresh = begin()
+    loaded = state(again, fresh)
+    checkpoint.load(loaded, checkpoint_id=f"{folder}/going")
+    set_model_state_dict(again, loaded["model"])
+    set_optimizer_state_dict(again, fresh, loaded["optimizer"])
+    step(again, fresh)
+    for key, value in parts.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)
+
+
+@check
 def ranks_that_differ_get_the_same_sentence(rank, folder):
     heads = shared_out(PACKED["linear"]).heads
     x, target, mask = data()
