@@ -46,6 +46,7 @@ PACKED = {
 LADDER = partial(Ladder, 6, blocks=2, hidden_features=4, last_hidden_features=5)
 HEADS = PACKED | {"ladder": LADDER}
 FULL = StateDictOptions(full_state_dict=True)
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 CHECKS = {}
 
 
@@ -352,7 +353,7 @@ def teacher_parallel_training_goes_on_from_a_checkpoint(rank, folder):
     def state(parts, optimizer):
         return {
             "model": get_model_state_dict(parts),
-            "optimizer": get_optimizer_state_dict(parts, optimizer),
+            "optimizer": get_optimizer_state_dict(parts, optimizer, options=FLAT),
         }
 
     parts, optimizer = begin()
@@ -363,7 +364,7 @@ def teacher_parallel_training_goes_on_from_a_checkpoint(rank, folder):
     loaded = state(again, fresh)
     checkpoint.load(loaded, checkpoint_id=f"{folder}/going")
     set_model_state_dict(again, loaded["model"])
-    set_optimizer_state_dict(again, fresh, loaded["optimizer"])
+    set_optimizer_state_dict(again, fresh, loaded["optimizer"], options=FLAT)
     step(again, fresh)
     for key, value in parts.state_dict().items():
         assert torch.equal(again.state_dict()[key], value)
