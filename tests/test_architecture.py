@@ -11,6 +11,8 @@ import mtkd
 ROOT = Path(mtkd.__file__).parent
 
 ALLOWED = {
+    "integrations": {"distributed", "nn", "packing", "reduction"},
+    "distributed": {"nn", "functional", "packing", "reduction"},
     "demo": {"nn", "functional", "packing"},
     "trainer": {"nn", "functional", "reduction", "packing", "teachers"},
     "teachers": {"packing"},

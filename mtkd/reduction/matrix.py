@@ -65,7 +65,7 @@ def reduce(
     if needs_matrix(weight, reduction) or shared:
         columns = [loss.matrix(part, *call) for part, call in zip(parts, calls, strict=True)]
         matrix = columns[0] if len(columns) == 1 else torch.cat(columns, -1)
-        return _reduce_matrix(matrix.reshape(shape), weight, mask, denominator, reduction)
+        return _reduce_matrix(_shaped(matrix, shape), weight, mask, denominator, reduction)
     size = 1
     for length in leading:
         size *= length
@@ -136,9 +136,9 @@ def _reduce_matrix(
         check_weight("weight(matrix, mask)", weight, shape, device)
     weight, teachers = _weight_rows(weight, dtype), shape[-1]
     rows = None if mask is None else mask.reshape(-1, teachers)
-    matrix = matrix.reshape(-1, teachers)
+    matrix = _shaped(matrix, (matrix.numel() // teachers, teachers))
     if reduction == "none":
-        return _weigh(matrix, weight, rows).reshape(shape)
+        return _shaped(_weigh(matrix, weight, rows), shape)
     flat = (matrix.shape[0], teachers)
     c = coefficients(flat, weight, rows, denominator, reduction, dtype, device)
     return (c * spare_infinite(c, _weigh(matrix, None, rows))).sum()
@@ -169,6 +169,11 @@ def coefficients(
         return counted * (1.0 / denominator if denominator else 0.0)
     whole = denominator.to(dtype)
     return counted * torch.where(whole == 0, 0.0, 1.0 / torch.where(whole == 0, 1.0, whole))
+
+
+def _shaped(matrix: Tensor, shape: Sequence[int]) -> Tensor:
+    """Reshape, but make no view of what has the shape: FSDP warns about results that are views."""
+    return matrix if matrix.shape == shape else matrix.reshape(shape)
 
 
 def split_columns(matrix: Tensor | None, counts: Sequence[int]) -> Sequence[Any]:
