@@ -71,8 +71,11 @@ def tiles(
 
 
 def stash_fits(rows: int, width: int, workspace: int, item: int = FLOAT_BYTES) -> bool:
-    """Whether the gradient of the whole projection, `width` numbers a row, fits the budget."""
-    return rows * width * item <= workspace
+    """Whether the gradient of the whole projection, `width` numbers a row, fits the budget.
+
+    Backward has a scaled tile beside it, and the tile's factors: as much again, twice, at most.
+    """
+    return 3 * rows * width * item <= workspace
 
 
 def _balanced(dims: Sequence[int], width: int) -> tuple[tuple[int, int], ...]:

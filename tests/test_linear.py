@@ -167,7 +167,8 @@ def test_the_stash_of_a_sequence_fits_the_workspace_as_a_whole():
     weights = [torch.randn(2, 32, width, requires_grad=True) for width in (4, 5, 6)]
     targets = [torch.randn(8, 32)] * 3
     stashed = []
-    for size in (3 * 8 * 64 * 4, 3 * 8 * 64 * 4 - 1):  # of all the teachers, and a byte less
+    room = 3 * (3 * 8 * 64 * 4)  # of all the teachers, with what backward has beside
+    for size in (room, room - 1):
         with linear.workspace(size):
             loss = F.linear_gaussian_nll(xs, weights, targets, reduction="none")
         nodes, saved = [loss.grad_fn], 0

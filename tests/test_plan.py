@@ -27,6 +27,6 @@ def test_one_tile_when_all_fits():
 
 
 def test_stash_fits_counts_bytes():
-    assert stash_fits(10, 100, 4000)
-    assert not stash_fits(10, 100, 3999)
-    assert not stash_fits(10, 100, 4000, item=8)
+    assert stash_fits(10, 100, 12_000)  # the gradient, a scaled tile and its factors
+    assert not stash_fits(10, 100, 11_999)
+    assert not stash_fits(10, 100, 12_000, item=8)
