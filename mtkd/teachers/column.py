@@ -1,0 +1,111 @@
+"""One teacher's files: what is there, written block by block and checked row by row.
+
+A block is written in three steps, each on the disk before the next: values (with scales) and
+checksums, then the presence of its rows. A row is there when its byte in present.npy is 1, so that
+a process killed at any moment leaves rows that are whole, or absent and written again. A byte a
+row, not a bit: writers of different rows never write the same byte.
+"""
+
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .encoding import as_tensor, encode
+from .files import locked, make_array, open_array, sync_folder, write_rows
+from .format import Teacher
+
+Array = npt.NDArray[Any]
+BLOCK = 1 << 24  # bytes that are read at once where everything is
+
+
+def make_column(folder: Path, teacher: Teacher, rows: int) -> None:
+    """Make the files of a teacher without any row."""
+    folder.mkdir()
+    for name, (dtype, shape) in teacher.files(rows).items():
+        make_array(folder / name, dtype, shape)
+    sync_folder(folder)
+
+
+class Column:
+    """A teacher's files, mapped read-only; what other processes write appears in them."""
+
+    def __init__(self, root: Path, teacher: Teacher, rows: int) -> None:
+        self.teacher, self.folder = teacher, root / teacher.name
+        self.arrays = {
+            name: open_array(root, f"{teacher.name}/{name}", dtype, shape)
+            for name, (dtype, shape) in teacher.files(rows).items()
+        }
+        marks = self.arrays["present.npy"]
+        if marks.max() > 1:
+            path = self.folder / "present.npy"
+            raise ValueError(f"{path}: expected bytes 0 and 1, got {marks.max()}")
+        with warnings.catch_warnings():
+            # The tensors are read-only as the maps are: nothing here writes to them.
+            warnings.simplefilter("ignore")
+            self.values = as_tensor(teacher, self.arrays["values.npy"])
+            self.present = torch.from_numpy(marks)
+            scales = self.arrays.get("scales.npy")
+            self.scales: Tensor | None = None if scales is None else torch.from_numpy(scales)
+
+    def write(self, rows: Array, values: Any, keep: bool) -> int:
+        """Write rows, which differ, and mark them present; return how many were written.
+
+        Rows that are there stay as they are if `keep`, or else are an error.
+        """
+        files = encode(self.teacher, values, rows)
+        files["checksums.npy"] = checksums(files)
+        order = np.argsort(rows, kind="stable")
+        with locked(self.folder / "present.npy"):
+            there = self.arrays["present.npy"][rows[order]] == 1
+            if there.any() and not keep:
+                some = rows[order][there]
+                raise ValueError(
+                    f"{self.teacher.name}: expected rows that are absent,"
+                    f" got {len(some)} that are present, such as {some[0]}; discard them first"
+                )
+            order = order[~there]
+            if len(order):
+                for name, data in files.items():
+                    self._put(name, rows[order], data[order])
+                self._put("present.npy", rows[order], np.ones(len(order), np.uint8))
+        return len(order)
+
+    def discard(self, rows: Array) -> None:
+        """Mark rows absent."""
+        with locked(self.folder / "present.npy"):
+            self._put("present.npy", np.unique(rows), np.zeros(len(np.unique(rows)), np.uint8))
+
+    def _put(self, name: str, rows: Array, data: Array) -> None:
+        start: Any = self.arrays[name].offset  # type: ignore[attr-defined]
+        write_rows(self.folder / name, start, rows, np.ascontiguousarray(data))
+
+    def stored(self, rows: Array | slice) -> dict[str, Array]:
+        """The numbers of some rows as they are stored: values and scales."""
+        names = ("values.npy", "scales.npy") if self.scales is not None else ("values.npy",)
+        return {name: np.ascontiguousarray(self.arrays[name][rows]) for name in names}
+
+    def broken(self) -> Array:
+        """Rows that are present and whose numbers do not have their checksum."""
+        found = []
+        step = max(1, BLOCK // max(1, self.arrays["values.npy"][:1].nbytes))
+        marks = self.arrays["present.npy"]
+        for start in range(0, len(marks), step):
+            rows = start + np.flatnonzero(marks[start : start + step])
+            wrong = checksums(self.stored(rows)) != self.arrays["checksums.npy"][rows]
+            found.append(rows[wrong])
+        return np.concatenate(found)
+
+
+def checksums(files: dict[str, Array]) -> Array:
+    """The crc32 of each row: of its values, then of its scale where it has one."""
+    values = files["values.npy"]
+    sums = map(zlib.crc32, values)
+    if "scales.npy" in files:
+        sums = map(zlib.crc32, files["scales.npy"][:, None], sums)
+    return np.fromiter(sums, np.uint32, len(values))
