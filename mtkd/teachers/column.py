@@ -8,6 +8,7 @@ row, not a bit: writers of different rows never write the same byte.
 
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,6 @@ class Column:
         Rows that are there stay as they are if `keep`, or else are an error.
         """
         files = encode(self.teacher, values, rows)
-        files["checksums.npy"] = checksums(files)
         order = np.argsort(rows, kind="stable")
         with locked(self.folder / "present.npy"):
             there = self.arrays["present.npy"][rows[order]] == 1
@@ -70,36 +70,55 @@ class Column:
                     f" got {len(some)} that are present, such as {some[0]}; discard them first"
                 )
             order = order[~there]
-            if len(order):
-                for name, data in files.items():
-                    self._put(name, rows[order], data[order])
-                self._put("present.npy", rows[order], np.ones(len(order), np.uint8))
+            self.put(rows[order], {name: data[order] for name, data in files.items()})
         return len(order)
+
+    def put(self, rows: Array, files: dict[str, Array]) -> None:
+        """Write encoded rows, in ascending order, with their checksums; then mark them present."""
+        if len(rows):
+            for name, data in (files | {"checksums.npy": checksums(files)}).items():
+                self._put(name, rows, data)
+            self._put("present.npy", rows, np.ones(len(rows), np.uint8))
 
     def discard(self, rows: Array) -> None:
         """Mark rows absent."""
         with locked(self.folder / "present.npy"):
-            self._put("present.npy", np.unique(rows), np.zeros(len(np.unique(rows)), np.uint8))
+            rows = np.unique(rows)
+            self._put("present.npy", rows, np.zeros(len(rows), np.uint8))
 
     def _put(self, name: str, rows: Array, data: Array) -> None:
         start: Any = self.arrays[name].offset  # type: ignore[attr-defined]
         write_rows(self.folder / name, start, rows, np.ascontiguousarray(data))
 
-    def stored(self, rows: Array | slice) -> dict[str, Array]:
-        """The numbers of some rows as they are stored: values and scales."""
-        names = ("values.npy", "scales.npy") if self.scales is not None else ("values.npy",)
-        return {name: np.ascontiguousarray(self.arrays[name][rows]) for name in names}
+    def copy(self, source: "Column", rows: Array) -> None:
+        """Write what a column of the same teacher has: row i is its row ``rows[i]``."""
+        for positions, files, good in source.stored(rows):
+            if not good.all():
+                bad = rows[positions[~good]]
+                expected = "rows that have their checksums"
+                got = f"{len(bad)} that have not, such as {bad[0]}"
+                raise ValueError(f"{source.folder}: expected {expected}, got {got}")
+            twice = positions[self.arrays["present.npy"][positions] == 1]
+            if len(twice):
+                expected = f"each row of {self.teacher.name} in one store"
+                raise ValueError(f"stores: expected {expected}, got row {twice[0]} in several")
+            self.put(positions, files)
 
-    def broken(self) -> Array:
-        """Rows that are present and whose numbers do not have their checksum."""
-        found = []
-        step = max(1, BLOCK // max(1, self.arrays["values.npy"][:1].nbytes))
-        marks = self.arrays["present.npy"]
-        for start in range(0, len(marks), step):
-            rows = start + np.flatnonzero(marks[start : start + step])
-            wrong = checksums(self.stored(rows)) != self.arrays["checksums.npy"][rows]
-            found.append(rows[wrong])
-        return np.concatenate(found)
+    def broken(self, rows: Array) -> Array:
+        """Positions in `rows` of those that are present without their checksum."""
+        found = [positions[~good] for positions, _, good in self.stored(rows)]
+        return np.concatenate([np.zeros(0, np.int64), *found])
+
+    def stored(self, rows: Array) -> Iterator[tuple[Array, dict[str, Array], Array]]:
+        """Some at a time, those of `rows` that are present: where, what is stored, is it whole."""
+        names = ("values.npy", "scales.npy") if self.scales is not None else ("values.npy",)
+        step = max(1, BLOCK // self.arrays["values.npy"].strides[0])
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            there = np.flatnonzero(self.arrays["present.npy"][part] == 1)
+            files = {name: self.arrays[name][part[there]] for name in names}
+            good = checksums(files) == self.arrays["checksums.npy"][part[there]]
+            yield start + there, files, good
 
 
 def checksums(files: dict[str, Array]) -> Array:

@@ -1,11 +1,13 @@
 """Files that survive a kill and a full disk: allocated at once, written in order, checked first."""
 
 import os
+import shutil
 import stat
 import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,16 @@ def make_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None
         header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         file.flush()
-        _allocate(file.fileno(), file.tell(), _bytes(dtype, shape))
+        size = _bytes(dtype, shape)
+        try:
+            _allocate(file.fileno(), file.tell(), size)
+        except OSError as error:
+            raise _no_room(error, path, size) from None
         os.fsync(file.fileno())
+
+
+def _no_room(error: OSError, path: Path, size: int) -> OSError:
+    return OSError(error.errno, f"{error.strerror}: expected room for {size} bytes", str(path))
 
 
 def _allocate(descriptor: int, start: int, size: int) -> None:
@@ -101,9 +111,11 @@ def write_rows(path: Path, start: int, rows: Array, data: Array) -> None:
     edges = np.flatnonzero(np.diff(rows, prepend=-2, append=-2) != 1)  # runs of successive rows
     descriptor = os.open(path, os.O_WRONLY)
     try:
-        for first, last in zip(edges[:-1], edges[1:], strict=True):
+        for first, last in pairwise(edges):
             write_at(descriptor, start + int(rows[first]) * step, data[first:last])
         os.fsync(descriptor)
+    except OSError as error:
+        raise _no_room(error, path, data.nbytes) from None
     finally:
         os.close(descriptor)
 
@@ -142,3 +154,20 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def making(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a folder aside, then give it its name: it is there whole or not at all."""
+    root = Path(path).resolve()
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ValueError(f"path: expected a new or an empty folder, got {root}")
+    aside = root.with_name(f".{root.name}.{uuid.uuid4().hex}")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        os.replace(aside, root)
+    except BaseException:
+        shutil.rmtree(aside)
+        raise
+    sync_folder(root.parent)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ LARGEST_INDEX = 1 << 24  # bytes
 _MOST = 1 << 48  # rows, and columns
 
 # How the numbers of each dtype lie in values.npy.
-STORED = {
+STORED: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
     "float32": np.dtype("<f4"),
@@ -120,6 +120,26 @@ def hash_ids(ids: Iterable[str | int]) -> str:
         text = str(each).encode()
         digest.update(b"%d:%b," % (len(text), text))
     return digest.hexdigest()
+
+
+def make_teachers(dims: Any, dtype: Any, revision: Any) -> tuple[Teacher, ...]:
+    """Check arguments that say the width, dtype and revision of teachers by name."""
+    if not isinstance(dims, Mapping):
+        kind = type(dims).__name__
+        raise TypeError(f"dims: expected a mapping name -> width, got {kind}")
+    for name, argument in (("dtype", dtype), ("revision", revision)):
+        unknown = (
+            [key for key in argument if key not in dims] if isinstance(argument, Mapping) else []
+        )
+        if unknown:
+            raise ValueError(f"{name}: expected some of the teachers {list(dims)}, got {unknown}")
+    kinds = dtype if isinstance(dtype, Mapping) else dict.fromkeys(dims, dtype)
+    made = revision or {}
+    return tuple(
+        # A torch.dtype's own name is like ours.
+        Teacher(name, dim, str(kinds.get(name, "float16")).removeprefix("torch."), made.get(name))
+        for name, dim in dims.items()
+    )
 
 
 def check_name(name: Any) -> None:
