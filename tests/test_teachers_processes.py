@@ -47,9 +47,7 @@ def whole(tmp_path_factory):
 
 
 def files(store):
-    return {
-        file.relative_to(store.path): file.read_bytes() for file in store.path.rglob("*.npy")
-    }
+    return {file.relative_to(store.path): file.read_bytes() for file in store.path.rglob("*.npy")}
 
 
 def check_part(store, whole):

@@ -78,6 +78,8 @@ def embed(
         >>> written, again, targets.shape, mask.all().item()
         (100, 0, torch.Size([2, 8]), True)
     """
+    if write_every < 1:
+        raise ValueError(f"write_every: expected a positive number, got {write_every}")
     numbers = _rows_of(dataset, store, rows)
     batches = _batches(len(numbers), batch_size, *_share(rank, world_size))
     present = store.present(teacher)[numbers]
