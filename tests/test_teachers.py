@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import store as store_benchmark
 from mtkd.teachers import (
     TeacherStore,
     embed,
@@ -564,3 +565,10 @@ def test_hugging_face_datasets_in_and_out(tmp_path):
     with pytest.raises(ValueError, match="columns: expected some of"):
         from_dataset(tmp_path / "v", ragged, ["b"])
     assert not (tmp_path / "v").exists()
+
+
+def test_the_benchmark_runs(tmp_path, capsys):
+    sizes = ["--rows", "64", "--width", "8", "--batch", "16", "--repeats", "2"]
+    store_benchmark.main(["--teachers", "1", "3", *sizes, "--folder", str(tmp_path)])
+    assert "3 x 8 float16, 16 of 64 rows" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
