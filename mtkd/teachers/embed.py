@@ -50,7 +50,7 @@ def embed(
         write_every: batches that are written together: a process that is killed has computed at
             most these in vain. Each time costs a few waits for the disk.
         num_workers: processes that load items, as in `DataLoader`.
-        progress: whether to show a bar of rows; needs tqdm.
+        progress: whether the first process shows a bar of its rows; needs tqdm.
 
     Returns:
         The number of rows that this process has written.
@@ -81,7 +81,8 @@ def embed(
     if write_every < 1:
         raise ValueError(f"write_every: expected a positive number, got {write_every}")
     numbers = _rows_of(dataset, store, rows)
-    batches = _batches(len(numbers), batch_size, *_share(rank, world_size))
+    rank, world_size = _share(rank, world_size)
+    batches = _batches(len(numbers), batch_size, rank, world_size)
     present = store.present(teacher)[numbers]
     missing = [batch for batch in batches if not present[batch.start : batch.stop].all()]
     sampler: Any = missing
@@ -89,7 +90,7 @@ def embed(
         dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=num_workers
     )
     total, left, written = sum(map(len, batches)), sum(map(len, missing)), 0
-    bar = _progress(progress, teacher, total, total - left)
+    bar = _progress(progress and rank == 0, teacher, total, total - left)
     with _evaluation(model), torch.no_grad(), bar as advance:
         pairs = zip(missing, loader, strict=True)
         while group := list(islice(pairs, write_every)):

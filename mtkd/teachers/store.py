@@ -36,8 +36,8 @@ class TeacherStore:
             name, size or link is followed before it is checked. `verify` reads the rows too.
 
     Note:
-        Opening reads one byte a row and teacher. A teacher's file is mapped, not loaded: rows that
-        were read before come from the system's cache. Stores can be sent to other processes, such
+        Files are mapped, not loaded: opening reads their headers, and rows that were read before
+        come from the system's cache. Stores can be sent to other processes, such
         as a loader's workers, which map the folder themselves.
 
     Example:
