@@ -3,8 +3,8 @@
 import os
 import resource
 import signal
+import time
 
-import numpy as np
 import torch
 
 from mtkd.teachers import TeacherStore, embed
@@ -57,14 +57,27 @@ def die_while_writing(path, calls):
     fill(path)
 
 
-def contend(path, value, start):
-    """Write every row of a teacher with one value, in an order of its own; keep what is there."""
-    torch.set_num_threads(1)
+def write_slowly(path, begun):
+    """Write all rows of a teacher, and pause after the first of the block's writes."""
+    write = os.pwrite
+
+    def pausing(*args):
+        written = write(*args)
+        if not begun.is_set():
+            begun.set()
+            time.sleep(0.5)
+        return written
+
+    os.pwrite = pausing
     store = TeacherStore.open(path)
-    start.wait()
-    order = np.random.default_rng(value).permutation(ROWS)
-    for rows in order.reshape(-1, 2 * BATCH):
-        store.append("int8", torch.full((2 * BATCH, WIDTH), float(value)), rows, present="keep")
+    assert store.append("int8", torch.ones(ROWS, WIDTH)) == ROWS
+
+
+def write_after(path, begun):
+    """Write all rows of a teacher, which another process has begun to write."""
+    store = TeacherStore.open(path)
+    begun.wait()
+    assert store.append("int8", torch.full((ROWS, WIDTH), 2.0), range(ROWS), present="keep") == 0
 
 
 def run_out_of_room(folder, queue):

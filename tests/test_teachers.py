@@ -1,5 +1,7 @@
 """The teacher store: what is written is read, in every dtype; views, copies, exchange, errors."""
 
+import errno
+import os
 import pickle
 import re
 from collections import namedtuple
@@ -78,6 +80,23 @@ def test_bfloat16_is_exact(tmp_path):
     assert np.load(tmp_path / "s/a/values.npy").dtype == np.uint16
 
 
+def test_a_disk_without_room_is_an_error_at_once(tmp_path, monkeypatch):
+    def refuse(descriptor, start, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(OSError, match=r"expected room for 200 bytes: .*a/values\.npy"):
+        TeacherStore.create(tmp_path / "s", {"a": 5}, 20)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_room_is_taken_where_nothing_can_be_allocated(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    store, values = filled(tmp_path / "s", {"a": 5}, 20)
+    assert torch.equal(TeacherStore.open(tmp_path / "s")[:][0], values["a"].half())
+    assert store.verify() == {}
+
+
 def test_files_are_plain_npy(tmp_path):
     _, values = filled(tmp_path / "s", {"a": 5}, 20)
     array = np.load(tmp_path / "s/a/values.npy")
@@ -103,14 +122,12 @@ def test_absent_rows_are_zero_and_resident_equals_mapped(tmp_path, kinds, reside
         expected[-1][rows] = alone.to(store.dtype)
         present.append(torch.zeros(9000, dtype=torch.bool).index_fill(0, rows, True))
         # What an absent row holds on the disk is never read.
-        column = store._column(name)
-        column._put(
-            "values.npy",
-            np.flatnonzero(~present[-1].numpy())[:1],
-            np.ones((1, dim), column.arrays["values.npy"].dtype),
-        )
+        column, absent = store._column(name), np.flatnonzero(~present[-1].numpy())[:1]
+        column._put("values.npy", absent, np.ones((1, dim), column.arrays["values.npy"].dtype))
+        if column.scales is not None:
+            column._put("scales.npy", absent, np.full(1, np.nan, np.float32))
     reader = store.to("cpu") if resident else store
-    rows = torch.randint(9000, (1000,))
+    rows = torch.randperm(9000)
     targets, mask = reader[rows]
     assert torch.equal(targets, torch.cat(expected, 1)[rows])
     assert torch.equal(mask, torch.stack(present, 1)[rows])
