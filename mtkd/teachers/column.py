@@ -1,9 +1,9 @@
 """One teacher's files: what is there, written block by block and checked row by row.
 
-A block is written in three steps, each on the disk before the next: values (with scales) and
-checksums, then the presence of its rows. A row is there when its byte in present.npy is 1, so that
-a process killed at any moment leaves rows that are whole, or absent and written again. A byte a
-row, not a bit: writers of different rows never write the same byte.
+Of a block values, scales and checksums are on the disk before the presence of its rows is written.
+A row is there when its byte in present.npy is 1, so that a process killed at any moment leaves rows
+that are whole, or absent and written again. A byte a row, not a bit: writers of different rows never
+write the same byte.
 """
 
 import warnings
