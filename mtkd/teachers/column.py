@@ -2,8 +2,8 @@
 
 Of a block values, scales and checksums are on the disk before the presence of its rows is written.
 A row is there when its byte in present.npy is 1, so that a process killed at any moment leaves rows
-that are whole, or absent and written again. A byte a row, not a bit: writers of different rows never
-write the same byte.
+that are whole, or absent and written again. A byte a row, not a bit: writers of different rows
+never write the same byte.
 """
 
 import warnings
