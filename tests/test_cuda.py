@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mtkd.functional as F
+from mtkd.teachers import TeacherStore
 from mtkd.testing import assert_close
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
@@ -82,3 +83,17 @@ def test_many_teachers_in_one_launch():
     want = gradients(*double, target.double(), dims)
     for ours, exact in zip(got, want, strict=True):
         assert_close(ours, exact, torch.bfloat16, 4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_store_reads_to_the_gpu_as_to_the_cpu(tmp_path, dtype):
+    store = TeacherStore.create(tmp_path / "s", {"a": 33, "b": 7}, 500, dtype=dtype)
+    for name, width in store.dims.items():
+        store.append(name, torch.randn(400, width))
+    resident = store.to("cuda")
+    for batch in torch.randint(500, (5, 64)):
+        targets, mask = store[batch]
+        copied = store.read(batch.cuda(), device="cuda")
+        for got in (copied, resident[batch], resident[batch.cuda()]):
+            assert torch.equal(got[0].cpu(), targets)
+            assert torch.equal(got[1].cpu(), mask)

@@ -28,6 +28,7 @@ def test_links_lead_somewhere(page):
 WITH_EXAMPLES = [
     "README.md",
     "docs/projectors.md",
+    "docs/teachers.md",
     "docs/weighting.md",
     *sorted(ROOT.glob("docs/losses/*.md")),
 ]
