@@ -111,7 +111,7 @@ class Encoder(nn.Module):
             return self._tensor(getattr(output, "pooler_output", None), "a pooler_output")
         tokens = getattr(output, "last_hidden_state", output)
         tokens = self._tensor(tokens, "a last_hidden_state or a tensor")
-        if tokens.dim() != 3 or attention is not None and attention.shape != tokens.shape[:2]:
+        if tokens.dim() != 3 or (attention is not None and attention.shape != tokens.shape[:2]):
             given = "" if attention is None else f", attention_mask {tuple(attention.shape)}"
             got = f"{tuple(tokens.shape)}{given}"
             raise ValueError(f"student: expected tokens (N, L, H) to pool, got shape {got}")

@@ -1,7 +1,6 @@
 """The guard: a step whose loss or gradient is not finite leaves no trace, and is named."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ class Guard:
         if not isinstance(most, int) or most < 0:
             raise ValueError(f"max_skipped: expected an integer, 0 or more, got {most!r}")
         self.most, self.skipped = most, 0
-        self._seen: list[tuple[Any, Tensor]] = []
+        self._seen: list[tuple[Tensor | None, Tensor]] = []
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
@@ -33,7 +32,7 @@ class Guard:
         self._seen, self._buffers = [], [(b, b.clone()) for b in model.buffers()]
 
     @torch.no_grad()
-    def see(self, rows: Any, matrices: Mapping[str, Tensor], mask: Tensor) -> None:
+    def see(self, rows: Tensor | None, matrices: Mapping[str, Tensor], mask: Tensor) -> None:
         """Remember which rows' losses are not finite; nothing waits for the device here."""
         bad = torch.stack([(~m.isfinite() & mask).any(1) for m in matrices.values()]).any(0)
         self._seen.append((rows, bad))
@@ -48,22 +47,23 @@ class Guard:
         """Whether a loss of this process was not finite, 0-dim."""
         return torch.cat([bad for _, bad in self._seen]).any()
 
-    def rows(self) -> list[int]:
-        """Return the rows whose losses are not finite; all of the step if only its gradient is."""
-        bad = torch.cat([bad for _, bad in self._seen]).cpu()
-        named = [rows for rows, _ in self._seen]
-        if not all(isinstance(rows, Tensor) for rows in named):
-            rows = torch.arange(len(bad))  # positions in the step
-        else:
-            rows = torch.cat(named).cpu()
-        return [int(row) for row in (rows[bad] if bool(bad.any()) else rows)]
+    def rows(self, loss_is_bad: bool) -> list[int]:
+        """Return this process's rows whose losses are not finite, or all rows of the step.
 
-    def skip(self, step: int) -> str:
+        Rows without a number are counted from the step's first.
+        """
+        bad = torch.cat([bad for _, bad in self._seen]).cpu()
+        named = [rows for rows, _ in self._seen if rows is not None]
+        rows = torch.cat(named).cpu() if len(named) == len(self._seen) else torch.arange(len(bad))
+        return [int(row) for row in (rows[bad] if loss_is_bad else rows)]
+
+    def skip(self, step: int, loss_is_bad: bool) -> str:
         """Count a skipped step; return what to tell, or raise when there are too many."""
         self.skipped += 1
-        rows = self.rows()
+        rows = self.rows(loss_is_bad)
         shown = ", ".join(map(str, rows[:SHOWN])) + (", ..." if len(rows) > SHOWN else "")
-        where = f"step {step}: loss or gradient is not finite, rows {shown}"
+        what = "loss is" if loss_is_bad else "gradient is"
+        where = f"step {step}: the {what} not finite, rows {shown or 'of another process'}"
         if self.skipped > self.most:
             raise NonFiniteError(
                 f"{where}; {self.skipped} steps were skipped, more than max_skipped={self.most}"

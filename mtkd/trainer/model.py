@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ..nn import TeacherNorm
 from ..nn.moments import Estimator
 from .encoders import Encoder
+from .objectives import Objective
 
 
 class Distillation(nn.Module):
@@ -28,13 +29,14 @@ class Distillation(nn.Module):
     def __init__(
         self,
         student: Encoder,
-        objectives: nn.ModuleDict,
+        objectives: Mapping[str, Objective],
         norm: Estimator | None,
         marginal: TeacherNorm | None,
         recompute: bool,
     ) -> None:
         super().__init__()
-        self.student, self.objectives, self.recompute = student, objectives, recompute
+        self.student, self.recompute = student, recompute
+        self.objectives = nn.ModuleDict(objectives)
         self.norm, self.marginal = norm, marginal
 
     def forward(

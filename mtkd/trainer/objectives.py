@@ -114,17 +114,15 @@ class Objective(nn.Module):
         return self.loss if isinstance(self.loss, GaussianHeads) else None
 
 
-def as_objectives(objective: Any) -> nn.ModuleDict:
-    """Return one objective, or several by name, as modules; a single one is called ""."""
+def as_objectives(objective: Any) -> dict[str, Objective]:
+    """Return one objective, which is called "loss", or several by name."""
     several = objective if isinstance(objective, Mapping) else {"loss": objective}
     if not several:
         raise ValueError("objective: expected at least one, got an empty mapping")
-    return nn.ModuleDict(
-        {
-            name: loss if isinstance(loss, Objective) else Objective(loss)
-            for name, loss in several.items()
-        }
-    )
+    return {
+        name: loss if isinstance(loss, Objective) else Objective(loss)
+        for name, loss in several.items()
+    }
 
 
 def _parameters(loss: Any) -> Mapping[str, Any]:

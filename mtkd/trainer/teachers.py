@@ -3,14 +3,16 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
-
 from ..nn.moments import Estimator
 from ..nn.teachers import Teachers
+from .objectives import Objective
 
 
 def agree(
-    dims: Mapping[str, int] | None, targets: Any, objectives: nn.ModuleDict, norm: Estimator | None
+    dims: Mapping[str, int] | None,
+    targets: Any,
+    objectives: Mapping[str, Objective],
+    norm: Estimator | None,
 ) -> Teachers:
     """Return the teachers, on whom all that name them agree.
 
@@ -26,7 +28,7 @@ def agree(
     first = next((pair for pair in said if pair[1].named), said[0])
     for name, teachers in said:
         same = teachers.dims == first[1].dims
-        if not same or teachers.named and teachers.names != first[1].names:
+        if not same or (teachers.named and teachers.names != first[1].names):
             raise ValueError(
                 f"{name}: expected the teachers of {first[0]} in their order, {_show(first[1])},"
                 f" got {_show(teachers)}"
@@ -38,7 +40,7 @@ def agree(
 
 
 def _said(
-    dims: Any, targets: Any, objectives: nn.ModuleDict, norm: Estimator | None
+    dims: Any, targets: Any, objectives: Mapping[str, Objective], norm: Estimator | None
 ) -> Iterator[tuple[str, Teachers]]:
     if dims is not None:
         yield "dims", Teachers.of(dims)

@@ -1,21 +1,18 @@
-"""transformers' Trainer with targets, objectives, exact accumulation, a guard and whole checkpoints."""
+"""transformers' Trainer with what distillation needs, and nothing that it has already."""
 
+import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
-from transformers.utils import logging
+from transformers import TrainingArguments
 
 from ..information import information_gain
 from ..nn import TeacherNorm
 from ..nn.moments import Estimator
-from .checkpoints import ASIDE, publish, read_state, savable, write_state
+from .checkpoints import CheckpointTrainer
 from .encoders import Encoder, as_encoder
 from .export import export_student
 from .guard import Guard
@@ -25,10 +22,10 @@ from .objectives import Objective, as_objectives
 from .targets import ROW, Targets, as_targets, fetch
 from .teachers import agree
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(Trainer):  # type: ignore[misc]
+class DistillationTrainer(CheckpointTrainer):
     r"""Train a student on the embeddings of many teachers, with transformers' Trainer.
 
     Mixed precision, DDP, accumulation, checkpoints, logs to TensorBoard, progress bars, early
@@ -100,20 +97,24 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         dims: Mapping[str, int] | None = None,
         **options: Any,
     ) -> None:
-        encoder, objectives = as_encoder("student", student), as_objectives(objective)
+        self.objectives = as_objectives(objective)
+        encoder = as_encoder("student", student)
         self.targets = as_targets(targets)
-        self.teachers = agree(dims, self.targets, objectives, norm)
-        likelihoods = any(each.heads is not None for each in objectives.values())
+        self.teachers = agree(dims, self.targets, self.objectives, norm)
+        likelihoods = any(each.heads is not None for each in self.objectives.values())
         marginal = TeacherNorm(self.teachers.dims) if likelihoods else None
-        self.distillation = Distillation(encoder, objectives, norm, marginal, recompute_student)
+        self.distillation = Distillation(
+            encoder, self.objectives, norm, marginal, recompute_student
+        )
         self.heads_learning_rate, self.heads_once = heads_learning_rate, heads_once
         self.guard, self._meter = Guard(max_skipped), Meter()
         self._micro: list[Any] = []  # a step's micro-batches, and once prepared their parts
         self._parts: list[dict[str, Any]] = []
-        self._aside: str | None = None
         self._heads_rate: float | None = None
         super().__init__(self.distillation, args, **options)
         self.can_return_loss = True
+        if not hasattr(self.targets, "keys"):  # they may read any column
+            self.args.remove_unused_columns = False
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"args: expected one process a GPU, got one for {self.args.n_gpu}; start it with"
@@ -137,7 +138,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if not self._parts:
             model.train()
             self.guard.begin(self.distillation)
-            self._parts = self._prepare(self._micro or [inputs])
+            batches, self._micro = self._micro or [inputs], []
+            self._parts = self._prepare(batches)
             if self.heads_once:
                 empty: list[dict[str, Any]] = [{}] * (len(self._parts) - 1)
                 self._parts = [*empty, _join(self._parts)]
@@ -186,8 +188,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             rows = [batch.get(ROW) for batch in part["batches"]]
             named = all(isinstance(each, Tensor) for each in rows)
             self.guard.see(torch.cat(rows) if named else None, matrices, mask)
-        objectives = self.distillation.objectives
-        losses = [each.reduce(matrices[name], mask, counts) for name, each in objectives.items()]
+        pairs = [(each, matrices[name]) for name, each in self.objectives.items()]
+        losses = [each.reduce(matrix, mask, counts) for each, matrix in pairs]
         loss = torch.stack(losses).sum()
         return (loss, {"embedding": outputs["embedding"]}) if return_outputs else loss
 
@@ -221,12 +223,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             return norm
         self._meter.drop()
         self.guard.restore()
-        if getattr(self.accelerator, "scaler", None) is not None:
-            if not bool(self._sum(self.guard.any_bad_loss())):
-                return norm  # the loss scale was too large: the scaler itself skips the step
-        else:
+        loss_is_bad = bool(self._sum(self.guard.any_bad_loss()))
+        if getattr(self.accelerator, "scaler", None) is None:
             model.zero_grad(set_to_none=True)  # an optimizer leaves alone what has no gradient
-        logger.warning(self.guard.skip(self.state.global_step))
+        elif not loss_is_bad:
+            return norm  # the loss scale was too large: the scaler itself skips the step
+        logger.warning(self.guard.skip(self.state.global_step, loss_is_bad))
         return norm
 
     def _sum(self, tensor: Tensor) -> Tensor:
@@ -253,23 +255,27 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return rate
 
     def _teacher_logs(self, taken: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-        logs = {}
+        logs: dict[str, float] = {}
         for name, (sums, counts) in taken.items():
             seen = counts > 0
             means = sums / counts.clamp(min=1)
-            shown = {name: means}
-            heads, marginal = self.distillation.objectives[name].heads, self.distillation.marginal
-            if heads is not None and marginal is not None:
-                deviations = 1.0 / marginal.scale.double().cpu()
-                dims = torch.tensor(self.teachers.dims)
-                nll = means if heads.per_dim else means / dims
-                shown["information"] = information_gain(
-                    nll, deviations.square(), self.teachers.dims, bound=heads.bound
-                )
-            for label, values in shown.items():
+            information = self._information(name, means)
+            for label, values in ({name: means} | information).items():
                 pairs = zip(self.teachers.names, values.tolist(), seen.tolist(), strict=True)
                 logs |= {f"{label}/{teacher}": value for teacher, value, ok in pairs if ok}
         return logs
+
+    def _information(self, name: str, losses: Tensor) -> dict[str, Tensor]:
+        """Return what the student tells about each teacher, where the losses are likelihoods."""
+        heads, marginal = self.objectives[name].heads, self.distillation.marginal
+        if heads is None or marginal is None:
+            return {}
+        dims = self.teachers.dims
+        nll = losses if heads.per_dim else losses / torch.tensor(dims)
+        variance = marginal.scale.double().cpu() ** -2
+        several = sum(each.heads is not None for each in self.objectives.values()) > 1
+        label = f"{name}_information" if several else "information"
+        return {label: information_gain(nll, variance, dims, bound=heads.bound)}
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as the Trainer does; the loss is exact for any mask, and told by teacher."""
@@ -281,73 +287,16 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         finally:
             self._meter = training
         prefix = kwargs.get("metric_key_prefix", "eval")
-        objectives = self.distillation.objectives
-        losses = [objectives[name].total(*both) for name, both in taken.items()]
+        losses = [self.objectives[name].total(*both) for name, both in taken.items()]
         logs = {"loss": float(sum(losses)), **self._teacher_logs(taken)}
         output.metrics.update({f"{prefix}_{key}": value for key, value in logs.items()})
         return output
 
-    # Checkpoints.
+    def _own_state(self) -> dict[str, Any]:
+        return {"skipped": self.guard.skipped}
 
-    def _get_output_dir(self, trial: Any) -> str:
-        run: str = super()._get_output_dir(trial)
-        return run if self._aside is None else self._aside
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint aside, then give it its name."""
-        run = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        aside = run / ASIDE
-        if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._aside = str(aside)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._aside = None
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self._name_best(run)
-            self.state.save_to_json(str(aside / name / "trainer_state.json"))
-            write_state(str(aside / name), {"skipped": self.guard.skipped})
-            publish(aside / name, run / name)
-            shutil.rmtree(aside, ignore_errors=True)
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(run), self.args.save_total_limit, best, use_mtime=True)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(run / name))
-
-    def _name_best(self, run: Path) -> None:
-        """Name the best checkpoint as it will be called."""
-        if self.state.best_global_step:
-            best = run / f"checkpoint-{self.state.best_global_step}"
-            if best.exists() or self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = str(best)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._aside is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        state = self.model.state_dict() if state_dict is None else state_dict
-        super()._save(output_dir, savable(state) if self.args.should_save else state)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.guard.skipped = read_state(resume_from_checkpoint).get("skipped", 0)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Refuse a checkpoint of another student, or of other teachers."""
-        missing, unexpected = load_result.missing_keys, load_result.unexpected_keys
-        if missing or unexpected:
-            raise ValueError(
-                "resume_from_checkpoint: expected the weights of this student and these teachers,"
-                f" got none for {missing[:3]} and others for {unexpected[:3]}"
-            )
-
-    # The student.
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.guard.skipped = state.get("skipped", 0)
 
     @property
     def student(self) -> Encoder:
@@ -370,7 +319,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns of the data that student and targets read."""
-        keys = (*self.student.keys, ROW, *self.targets.keys, *self.label_names)
+        read = getattr(self.targets, "keys", ())
+        keys = (*self.student.keys, ROW, *read, *self.label_names)
         self._signature_columns = [*dict.fromkeys((*keys, "label", "label_ids"))]
 
 
