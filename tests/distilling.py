@@ -1,4 +1,4 @@
-"""What tests of the trainer share: a store in memory, small students, data, a run that is killed."""
+"""What tests of the trainer share: a store in memory, students, data, a run to be killed."""
 
 import multiprocessing
 import sys
