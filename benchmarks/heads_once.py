@@ -1,7 +1,8 @@
 """What `heads_once` saves: ``python -m benchmarks.heads_once``; it needs ``mtkd[train]``.
 
 A step of 8 micro-batches of 16 rows, a small transformer, 8 teachers of width 1024. Ways are
-interleaved; figures are medians of a step's time, and of what graphs hold when backward begins.
+interleaved; figures are medians of a step's processor time, on one thread that other work on the
+machine does not count into, and what graphs hold when backward begins.
 """
 
 import copy
@@ -47,7 +48,7 @@ def step(trainer: DistillationTrainer, data: list[dict[str, torch.Tensor]]) -> t
     """Forward and backward of a step: seconds, and MB that graphs hold when a backward begins."""
     weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
     held: dict[int, int] = {}
-    most, began = 0, time.perf_counter()
+    most, began = 0, time.process_time()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -61,13 +62,14 @@ def step(trainer: DistillationTrainer, data: list[dict[str, torch.Tensor]]) -> t
             trainer.training_step(trainer.model, batch, items)
             most = max(most, sum(held.values()))
             held.clear()  # a backward freed them
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     trainer.model.zero_grad()
     return seconds, most / 1e6
 
 
-def main(repeats: int = 5) -> None:
+def main(repeats: int = 15) -> None:
     """Measure all ways, interleaved; print a table."""
+    torch.set_num_threads(1)
     config = BertConfig(
         vocab_size=1000, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=6,
         intermediate_size=4 * WIDTH,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from distilling import DIMS, WIDTH, Store, arguments, bert, gaussian, network, sgd, texts, vectors
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 import mtkd.functional as F
 from mtkd.information import information_gain
@@ -379,12 +379,14 @@ def test_a_callable_may_read_any_column(tmp_path):
 
 
 def test_activation_checkpointing_reaches_the_student(tmp_path):
+    newer = hasattr(TrainingArguments, "activation_checkpointing")
+    setting = f"{'activation' if newer else 'gradient'}_checkpointing"
     trainer = DistillationTrainer(
         Encoder(bert(), "mean"), gaussian(), Store(),
-        arguments(tmp_path, max_steps=1, activation_checkpointing=True), train_dataset=texts(),
+        arguments(tmp_path, max_steps=1, **{setting: True}), train_dataset=texts(),
     )  # fmt: skip
     trainer.train()
-    assert trainer.student.model.is_activation_checkpointing
+    assert getattr(trainer.student.model, f"is_{setting}")
 
 
 def test_stand_ins_have_the_store_s_interface():

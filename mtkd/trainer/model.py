@@ -64,3 +64,8 @@ class Distillation(nn.Module):
         """Pass transformers' setting on to the student."""
         model: Any = self.student.model
         model.activation_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Pass the same setting on, as older transformers call it."""
+        model: Any = self.student.model
+        model.gradient_checkpointing_enable(*args, **kwargs)
