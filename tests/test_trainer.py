@@ -394,5 +394,13 @@ def test_stand_ins_have_the_store_s_interface():
     assert targets.names == tuple(DIMS)
     assert targets.dims == DIMS
     loss = partial(F.mse, dims=(3, 5))
+
+    class Reader(Store):
+        def read(self, rows, device):
+            assert device == rows.device
+            return self.packed[rows] + 1, self.mask[rows]
+
+    rows = torch.tensor([3, 9])
+    assert torch.equal(StoreTargets(Reader())({"row": rows})[0], Store()[rows][0] + 1)
     matrix = Objective(loss)(torch.zeros(4, 8), *distilling.Store()[torch.arange(4)])
     assert matrix.shape == (4, 2)

@@ -29,7 +29,8 @@ class StoreTargets:
 
     Args:
         store: a `mtkd.teachers.TeacherStore`, or anything with its `names`, `dims` and
-            ``store[rows] -> (packed, mask)``.
+            ``store[rows] -> (packed, mask)``; its ``read(rows, device=...)`` is preferred where it
+            has one.
         key: the key of the batch that holds row numbers, int64 ``(N,)``.
 
     Returns:
@@ -66,6 +67,9 @@ class StoreTargets:
         if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype not in _INTEGERS:
             got = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else repr(rows)
             raise ValueError(f"batch[{self.key!r}]: expected int64 of shape (N,), got {got}")
+        if hasattr(self.store, "read"):  # through pinned memory, while the host goes on
+            packed, mask = self.store.read(rows.cpu(), device=rows.device)
+            return packed, mask
         packed, mask = self.store[rows.to(getattr(self.store, "device", "cpu"))]
         move = {"device": rows.device, "non_blocking": True}
         return packed.to(**move), mask.to(**move)
