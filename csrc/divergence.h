@@ -103,7 +103,8 @@ MTKD_INLINE A loss_of(const Sums<A>& sums, const Settings<A>& settings, Side<A>&
 }
 
 // The gradient to a logit: own exponential (constant + slope x) - cross (other exponential), with
-// x the other logit less the own one, or with a mixture the `log_ratio`.
+// x the other logit less the own one, each less its side's largest, or with a mixture the
+// `log_ratio`.
 template <class A>
 struct Factors {
   A constant, slope, cross;
@@ -116,7 +117,7 @@ MTKD_INLINE Factors<A> factors_of(const Side<A>& own, const Side<A>& other, A we
   const A inverse = settings.inverse_temperature, to_logit = grad * settings.scale * inverse;
   const A share = to_logit / own.total;
   if (settings.mixture) return {-share * weight * own.term, share * weight, 0};
-  const A log = (other.largest - own.largest) * inverse + std::log(other.total / own.total);
+  const A log = std::log(other.total / own.total);
   return {share * (other_weight + weight * (log - own.term)), -share * weight * inverse,
           to_logit * other_weight / other.total};
 }

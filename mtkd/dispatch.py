@@ -56,6 +56,13 @@ _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 Gradients = tuple[Tensor | None, ...]
 
 
+def spare_infinite(coefficient: Tensor, matrix: Tensor) -> Tensor:
+    """Zero infinite losses of coefficient 0: they add nothing, to its gradient neither."""
+    if coefficient.stride() == (0, 0):  # one number for all
+        return matrix
+    return matrix.masked_fill(matrix.isinf() & (coefficient == 0), 0.0)
+
+
 @dataclass(frozen=True)
 class Formulas:
     """A loss's operators as plain PyTorch formulas, by the names of their roles."""
@@ -94,7 +101,7 @@ class Formulas:
 
     def sum(self, coefficient: Tensor, *args: Any) -> Tensor:
         """Return the sum of coefficient times matrix."""
-        return (coefficient * self.matrix(*args)).sum()
+        return (coefficient * spare_infinite(coefficient, self.matrix(*args))).sum()
 
 
 @dataclass(frozen=True)
@@ -245,7 +252,7 @@ def _define_schemas(
 
 def _register_formulas(loss: Loss) -> None:
     def weighted_sum(coefficient: Tensor, *args: Any) -> Tensor:
-        return (coefficient * loss.forward(*args)[0]).sum()
+        return (coefficient * spare_infinite(coefficient, loss.forward(*args)[0])).sum()
 
     loss.implement(
         "CompositeExplicitAutograd",
@@ -326,6 +333,7 @@ def _sum_function(loss: Loss) -> Callable[..., Tensor]:
                     matrix, *kept = loss.forward(*args)
                 else:
                     matrix, *kept = loss.value_and_grad(coefficient, *args, wanted)
+                matrix = spare_infinite(coefficient, matrix)
                 _save(ctx, (coefficient, *args), matrix, *kept)
                 return (coefficient * matrix).sum()
 
@@ -335,6 +343,7 @@ def _sum_function(loss: Loss) -> Callable[..., Tensor]:
             wanted = [ctx.needs_input_grad[1 + position] for position in loss.differentiable]
             if torch.is_grad_enabled():  # a graph of this pass is wanted: the formulas have one
                 matrix, *kept = loss.forward(*args)
+                matrix = spare_infinite(coefficient, matrix)
             if torch.is_grad_enabled() or ctx.half:
                 kept = list(loss.backward(upstream * coefficient, *kept, *args, wanted))
             else:

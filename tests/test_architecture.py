@@ -11,6 +11,8 @@ import mtkd
 ROOT = Path(mtkd.__file__).parent
 
 ALLOWED = {
+    "integrations": {"distributed", "nn", "packing", "reduction"},
+    "distributed": {"nn", "functional", "packing", "reduction"},
     "demo": {"nn", "functional", "packing"},
     "trainer": {"nn", "reduction", "information"},
     "teachers": {"packing"},
@@ -22,8 +24,8 @@ ALLOWED = {
     "dispatch": set(),
     "packing": set(),
     "plan": set(),
-    "reduction": set(),
-    "weighting": set(),
+    "reduction": {"dispatch"},
+    "weighting": {"reduction"},
     "information": set(),
     "triton": set(),
 }

@@ -501,7 +501,13 @@ ERRORS = [
     ({"kernel": "flat"}, ValueError, "bandwidth: expected a positive number .*got None"),
     ({"bandwidth": 0.0}, ValueError, "bandwidth: expected a positive finite number, got 0.0"),
     ({"bandwidth": INF}, ValueError, "bandwidth: .*got inf"),
-    ({"iterations": 0}, ValueError, "iterations: expected a positive integer, got 0"),
+    ({"iterations": 2**70}, ValueError, "iterations: expected an integer from 1 "),
+    (
+        {"kernel": "flat", "bandwidth": 1.0, "scale_dims": (0, -2)},
+        ValueError,
+        "scale_dims: expected dimensions that differ",
+    ),
+    ({"iterations": 0}, ValueError, "iterations: expected an integer from 1 .*got 0"),
     ({"start": X[0]}, ValueError, "start: expected None without a kernel"),
     (
         {"start": X, "kernel": "flat", "bandwidth": 1},
@@ -527,6 +533,11 @@ ERRORS = [
         "scale_dims: expected dimensions of a message",
     ),
 ]
+
+
+def test_scaled_distances_of_nothing():
+    center, *_ = F.consensus(torch.zeros(3, 2, 0), kernel="flat", bandwidth=1.0, scale_dims=(-1,))
+    assert center.shape == (2, 0)
 
 
 @pytest.mark.parametrize(("changes", "error", "text"), ERRORS)

@@ -8,8 +8,8 @@ import torch.nn.functional as TF
 from cases import INTERPRETED
 
 import mtkd.functional as F
-from mtkd import linear
-from mtkd.testing import assert_close
+from mtkd import linear, ops
+from mtkd.testing import assert_close, relative_error
 
 DOUBLE, INF = torch.float64, float("inf")
 DIMS = (40, 3, 1100)
@@ -149,6 +149,68 @@ def test_large_logits_lose_nothing(kind, width):
     )
     for one, other in pairs:
         assert_close(one + 1, other + 1, torch.float32)
+
+
+@pytest.mark.parametrize("width", [7, 700, 3000])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_sides_far_apart_keep_their_gradients(kind, width, offset):
+    student, teacher = (x.detach().float() for x in logits(width=width))
+    leaves = [student.requires_grad_(), (teacher + offset).requires_grad_()]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    for factor in (1.0, 0.5):
+        pairs = [
+            torch.autograd.grad(factor * F.kl_div(*x, divergence=kind).sum(), x)
+            for x in (leaves, exact)
+        ]
+        for got, want in zip(*pairs, strict=True):
+            assert relative_error(got, want) < 3e-6
+
+
+def test_a_shared_head_keeps_one_gradient_for_many_teachers(monkeypatch):
+    torch.manual_seed(0)
+    student = torch.randn(40, 2000, requires_grad=True)  # larger than what is joined
+    teachers = [torch.randn(40, 2000) for _ in range(5)]
+
+    def together(*_):
+        raise AssertionError("gradients of all teachers would be held")
+
+    packed = F.kl_div(student, torch.stack(teachers, 1))
+    expected = torch.autograd.grad(packed, student)[0]
+    monkeypatch.setattr(type(ops.kl_div), "weighted_sum", together)
+    loss = F.kl_div(student, teachers)
+    assert_close(loss, packed, torch.float32)
+    assert_close(torch.autograd.grad(loss, student)[0], expected, torch.float32)
+
+
+def test_small_teachers_of_a_shared_head_are_one_call(monkeypatch):
+    student, teachers = torch.randn(4, 20), torch.randn(5, 4, 20)
+    whole, calls = type(ops.kl_div).weighted_sum, []
+
+    def count(loss, coefficient, *args):
+        calls.append([x.shape for x in args if isinstance(x, torch.Tensor)])
+        return whole(loss, coefficient, *args)
+
+    monkeypatch.setattr(type(ops.kl_div), "weighted_sum", count)
+    loss = F.kl_div(student, list(teachers))
+    assert calls == [[(4, 20), (4, 100)]]
+    assert_close(loss, F.kl_div(student, teachers.movedim(0, 1)), torch.float32)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_an_infinite_loss_of_weight_zero_adds_nothing(reduction):
+    student = torch.tensor([[0.0, 1.0, -INF]], requires_grad=True)
+    teacher = torch.tensor([[[0.5, 1.0, -INF], [0.0, 1.0, 2.0]]])
+    alone = F.kl_div(student, teacher[:, :1], reduction="sum")
+    expected = torch.autograd.grad(alone, student)[0]
+    weight = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    for given in (weight, weight.detach(), lambda *_: weight.detach()):
+        loss = F.kl_div(student, teacher, weight=given, reduction=reduction).sum()
+        assert_close(loss, alone, torch.float32)
+        got = torch.autograd.grad(loss, (student, weight) if given is weight else (student,))
+        assert_close(got[0], expected, torch.float32)
+        assert all(x.isfinite().all() for x in got)
+    assert F.kl_div(student, teacher, weight=torch.ones(2)).isinf()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -113,7 +113,8 @@ def test_no_problem_of_a_thousand_runs_in_circles():
 
 
 def test_against_scipys_solver():
-    optimize = pytest.importorskip("scipy.optimize")
+    from scipy import optimize  # which scikit-learn brings
+
     student, teacher = inputs(6)
     vectors = gradients_by_autograd(student, teacher, None, 1.0).mean(0).numpy()
     found = optimize.minimize(

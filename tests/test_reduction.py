@@ -302,3 +302,10 @@ def test_one_clear_error(call, error, message):
     with pytest.raises(error, match=message) as raised:
         call()
     assert "\n" not in str(raised.value)
+
+
+def test_a_matrix_that_has_its_shape_is_no_view():
+    loss = torch.rand(3, 2, requires_grad=True) * 2  # FSDP warns about modules that return views
+    assert not reduce_matrix(loss, reduction="none")._is_view()
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    assert not reduce_matrix(loss, mask=mask, reduction="none")._is_view()

@@ -482,3 +482,18 @@ def test_one_clear_error(call, error, message):
     with pytest.raises(error, match=message) as raised:
         call()
     assert "\n" not in str(raised.value)
+
+
+def test_a_sequence_of_one_teacher():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 3), torch.randn(5, 1, 3)
+    alone = [teacher[:, 0]]
+    assert torch.equal(F.disagreement(student, alone), F.disagreement(student, teacher))
+    for got, want in zip(F.consensus_labels(alone), F.consensus_labels(teacher), strict=True):
+        assert torch.equal(got, want)
+    for vote in VOTES:
+        assert F.majority_vote(student, alone, vote=vote) == F.majority_vote(
+            student, teacher, vote=vote
+        )
+    flat = F.disagreement(student[0], [teacher[0, 0]])
+    assert torch.equal(flat, F.disagreement(student, teacher)[0])

@@ -144,13 +144,18 @@ struct Inputs {
 template <bool Own, bool Cross, bool Mixture, bool Spread, class A>
 MTKD_INLINE void gradient_loop(const Inputs<A> at, int64_t n, const A* const* constants, A* out) {
   const A *bases = constants[0], *slopes = constants[1], *crosses = constants[2];
+  const A *largests = constants[3], *other_largests = constants[4];
   const A first_base = bases[0], first_slope = slopes[0], first_cross = crosses[0];
+  const A first_largest = largests[0], first_other = other_largests[0];
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const A slope = constant<Spread>(slopes, first_slope, i);
     A factor = constant<Spread>(bases, first_base, i);
     if constexpr (Mixture) factor += slope * at.ratios[i];
-    if constexpr (Own && !Mixture) factor += slope * (at.other_logits[i] - at.logits[i]);
+    if constexpr (Own && !Mixture) {  // sides far apart cancel exactly in these differences
+      const A other = at.other_logits[i] - constant<Spread>(other_largests, first_other, i);
+      factor += slope * (other - (at.logits[i] - constant<Spread>(largests, first_largest, i)));
+    }
     A grad = divergence::weighted(at.exp[i], factor);
     if constexpr (Cross && !Mixture)
       grad -= constant<Spread>(crosses, first_cross, i) * at.other_exp[i];
@@ -248,12 +253,13 @@ struct Group {
   const int64_t n, first, teachers, begin, end;
   const bool whole, spread;  // whether a block holds it all; whether in it are several teachers
   alignas(64) A student[kColumns], teacher[kColumns], student_exp[kColumns], teacher_exp[kColumns];
-  alignas(64) A student_x[kColumns], teacher_x[kColumns], constants[3][kBlock];
+  alignas(64) A student_x[kColumns], teacher_x[kColumns], constants[5][kBlock];
   bool live[kBlock];  // counted, and of a finite loss
   Side<A> student_side[kBlock], teacher_side[kBlock];
   Sums<A> sums[kBlock];
   int64_t block[2];  // what `load` gives as offsets when a teacher takes several blocks
-  const A* const pointers[3] = {constants[0], constants[1], constants[2]};
+  const A* const pointers[5] = {constants[0], constants[1], constants[2], constants[3],
+                                constants[4]};
 
   Group(const Kernel<A>& in, int64_t n, int64_t group, A* sum)
       : in(in),
@@ -368,11 +374,12 @@ struct Group {
   }
 
   // Give a teacher's columns their numbers; a single teacher's are all columns, and take them once.
-  void set(int64_t k, A x, A y, A z = 0) {
+  template <class... X>
+  void set(int64_t k, X... x) {
     const int64_t from = spread ? in.offsets[first + k] - begin : 0;
     const int64_t to = spread ? in.offsets[first + k + 1] - begin : 1;
-    for (int64_t i = from; i < to; ++i)
-      constants[0][i] = x, constants[1][i] = y, constants[2][i] = z;
+    A* row = constants[0];
+    ((std::fill(row + from, row + to, x), row += kBlock), ...);
   }
 
   void set_largest() {
@@ -445,7 +452,7 @@ struct Group {
       const A grad = in.coefficient.template get<A>(n, 0, first + k);
       const auto [constant, slope, cross] =
           divergence::factors_of(own[k], other[k], weight, other_weight, in.settings, grad);
-      set(k, constant, slope, cross);
+      set(k, constant, slope, cross, own[k].largest, other[k].largest);
     }
   }
 

@@ -178,7 +178,7 @@ class _Shift(NamedTuple):
         center = self._replace(kernel=0).run(1, None)[0] if start is None else start
         for _ in range(iterations):
             low, high = ops.consensus_spread(self.messages, center)
-            if dims:
+            if dims and center.numel():
                 low, high = low.amin(dims, keepdim=True), high.amax(dims, keepdim=True)
             unit = torch.where(high > low, high - low, 1.0)
             shape = center.shape
@@ -222,7 +222,10 @@ def _dims(name: str, dims: Sequence[int], count: int) -> list[int]:
         raise ValueError(
             f"{name}: expected dimensions of a message, which has {count}, got {dims!r}"
         )
-    return [d % count for d in numbers]
+    counted = [d % count for d in numbers]
+    if len(set(counted)) != len(counted):
+        raise ValueError(f"{name}: expected dimensions that differ, got {dims!r}")
+    return counted
 
 
 def _scaled(shift: _Shift, scale_dims: Sequence[int]) -> list[int]:
@@ -248,8 +251,8 @@ def _check_kernel(
         raise ValueError("start: expected None without a kernel, got a tensor")
     if bandwidth is not None:
         check_number("bandwidth", bandwidth, positive=True)
-    if not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations: expected a positive integer, got {iterations!r}")
+    if not isinstance(iterations, int) or not 1 <= iterations < 1 << 31:
+        raise ValueError(f"iterations: expected an integer from 1 to 2^31, got {iterations!r}")
 
 
 def _trim_of(method: str, trim: float) -> float:

@@ -86,10 +86,12 @@ def kl_div(
         A logit of -inf is a class of probability 0: it adds nothing on its own side, and its
         gradient is 0. Where it meets a probability of the other side, a forward, reverse or
         Jeffreys divergence is inf, with gradients 0; so is every divergence of a row whose logits
-        are all -inf, unless it is masked. No result is NaN unless an input holds NaN.
+        are all -inf, unless it is masked. No result is NaN unless an input holds NaN or +inf.
 
         For "mean" and "sum" student and teacher are read once (a row's further passes find them in
-        the cache) and each gradient is written once; nothing else of size ``(*, C)`` is made.
+        the cache) and each gradient is written once; nothing else of size ``(*, C)`` is made. A
+        shared head with a sequence of teachers is read again in backward, a teacher at a time; pack
+        them to have one pass.
         16-bit tensors are read as they are and computed in float32. A teacher ``(*, T, C)`` is read
         where it lies if its last two dimensions are contiguous, else copied.
 
@@ -122,6 +124,7 @@ def kl_div(
         mask=mask,
         denominator=denominator,
         reduction=reduction,
+        shared=isinstance(student, Tensor) and len(calls) > 1,
     )
 
 
@@ -240,13 +243,18 @@ def _row_calls(
 
     One student head and a sequence of teachers are calls that share the student.
     """
-    if isinstance(student, Tensor) and is_sequence(teacher):
+    shared = isinstance(student, Tensor) and is_sequence(teacher)
+    if shared:
         student = [student] * len(teacher)
     groups = group_teachers(dims, student=student, teacher=teacher)
     first = groups[0].tensors[0]
     check_tensor(f"student{groups[0].suffix}", first)
     leading = first.shape[:-1]
-    return list(join_small([_row_arguments(group, leading) for group in groups])), leading
+    calls = [_row_arguments(group, leading) for group in groups]
+    if shared:  # the head stays one
+        teachers = join_small([(dims, teacher) for dims, _, teacher in calls])
+        return [(dims, calls[0][1], teacher) for dims, teacher in teachers], leading
+    return list(join_small(calls)), leading
 
 
 def _row_arguments(group: Group, leading: Any) -> tuple[Any, ...]:

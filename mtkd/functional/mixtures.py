@@ -41,8 +41,8 @@ def mixture_kl(
         student: the student's logits.
         teacher: the teachers' logits, packed or one tensor a teacher; any floating dtype, no
             gradient.
-        weight: weights of teachers ``(T,)`` or of entries ``(*, T)``, at least 0; may require grad,
-            such as those of a gate; None means equal ones.
+        weight: weights of teachers ``(T,)`` or of entries ``(*, T)``, at least 0 (not checked: a
+            GPU would have to wait); may require grad, as a gate's do; None means equal ones.
         temperature: divides all logits.
         temperature_scale: whether to multiply by the squared temperature, which keeps the size of
             the gradient.
@@ -63,11 +63,11 @@ def mixture_kl(
         TypeError: not a tensor, an integer dtype, a DTensor.
 
     Note:
-        Teacher after teacher, with some temporaries of ``(*, C)``. A logit of -inf is a class of
-        probability 0, and 0 log 0 = 0; where only the student's is 0 the loss is inf, and its
-        gradients those of the other classes. In the gradient to the weights a class is taken for at
-        least as probable as the least normal number of the dtype, 1e-38, so that teachers of weight
-        0 have a finite one.
+        A few teachers at a time, with some temporaries of ``(*, max(C, 4096))``. A logit of -inf is
+        a class of probability 0, and 0 log 0 = 0; where only the student's is 0 the loss is inf,
+        and its gradients those of the other classes. In the gradient to the weights a class is
+        taken for at least as probable as the least normal number of the dtype, 1e-38, so that
+        teachers of weight 0 have a finite one.
 
     Source:
         The routed teachers of Li et al., "MST-Distill", ACM Multimedia 2025, arXiv 2507.07015,
@@ -135,17 +135,18 @@ def dirichlet_mixture(
         0-dim tensor; float32, or float64 for a float64 student.
 
     Raises:
-        ValueError: shapes or devices that do not fit, a negative concentration, a teacher that
+        ValueError: shapes or devices that do not fit, a negative number as
+            concentration, a teacher that
             requires grad.
         TypeError: not a tensor, an integer dtype, a DTensor.
 
     Note:
-        Teacher after teacher, with some temporaries of ``(*, C)``, in log space. Densities grow
-        with :math:`\lambda`, and with them the rounding of a posterior: in float32 about
-        :math:`10^{-7} \lambda \log C` of it. A student's class of logit -inf makes the density of
-        every teacher 0 that gives it more; where it is 0 for all, the loss is inf and its gradients
-        are 0. The gradient to a weight of 0 stops growing where the teacher's density is e^80 times
-        the others'; to route with weights of 0, `mixture_kl` is the better loss.
+        A few teachers at a time, with some temporaries of ``(*, max(C, 4096))``, in log space.
+        Densities grow with :math:`\lambda`, and with them the rounding of a posterior: in float32
+        about :math:`10^{-7} \lambda \log C` of it. A student's class of logit -inf makes the
+        density of every teacher 0 that gives it more; where it is 0 for all, the loss is inf and
+        its gradients are 0. The gradient to a weight of 0 stops growing where the teacher's density
+        is e^80 times the others'; to route with weights of 0, `mixture_kl` is the better loss.
 
     Source:
         MT-BKD, multi-teacher Bayesian knowledge distillation.

@@ -10,7 +10,7 @@ from .. import ops
 from ..reduction import Weight, check_mask, check_weight, reduce
 from ..reference.columns import accumulate_dtype
 from ..reference.votes import largest, uniform, winners
-from .checks import check_number, check_shape, check_target, check_tensor, is_sequence
+from .checks import check_number, check_teacher_logits, check_tensor, is_sequence
 
 Tensors = Tensor | Sequence[Tensor]
 BY_TEACHER, TOGETHER = ("each", "soft"), ("plurality", "mean")
@@ -50,7 +50,8 @@ def majority_vote(
         temperature: divides the teachers' logits for "soft" and "mean".
         weight: weights of teachers ``(T,)`` or of entries ``(*, T)``; may require grad; or a
             callable ``(matrix, mask) -> weights``. For "plurality" and "mean" they weigh the votes
-            in a row: a tensor of numbers of at least 0 without gradient, only their ratios count.
+            in a row: a tensor of numbers of at least 0 (not checked: a GPU would have to wait),
+            without gradient; only their ratios count.
         mask: entries that count, ``(*, T)`` bool; whatever the others hold adds nothing. For
             "plurality" and "mean" a row counts if a teacher of weight above 0 does.
         denominator: divides the sum, in place of the sum of the counted weights, or for "plurality"
@@ -96,7 +97,7 @@ def majority_vote(
         raise ValueError(f"vote: expected one of {', '.join(VOTES)}, got {vote!r}")
     check_number("temperature", temperature, positive=True)
     check_tensor("student", student)
-    teachers, count = _teachers(teacher, student)
+    teachers, count = check_teacher_logits(teacher, student, least=2)
     leading, classes = student.shape[:-1], student.shape[-1]
     rows, dtype = leading.numel(), accumulate_dtype(student)
     votes, columns = None, count
@@ -156,9 +157,9 @@ def disagreement(student: Tensor, teacher: Tensors) -> Tensor:
         tensor([[0., 1., 0.]])
     """
     check_tensor("student", student)
-    teachers, _ = _teachers(teacher, student)
+    teachers, _ = check_teacher_logits(teacher, student, least=2)
     decision = largest(student.detach())
-    agreed = [(largest(x) & decision).any(-1) for x in _each(teachers)]
+    agreed = [(largest(x) & decision).any(-1) for x in _each(teachers, student)]
     return 1.0 - torch.stack(agreed, -1).float()
 
 
@@ -211,13 +212,13 @@ def consensus_labels(
     check_tensor("teacher[0]" if is_sequence(teacher) else "teacher", like)
     if not is_sequence(teacher) and like.dim() > 1 and like.shape[-2]:
         like = like[..., 0, :]
-    teachers, count = _teachers(teacher, like)
+    teachers, count = check_teacher_logits(teacher, like, least=2)
     shape, device = (*like.shape[:-1], count), like.device
     votes = _votes(weight, mask, shape, accumulate_dtype(like), device).reshape(shape)
     total = votes.sum(-1, keepdim=True)
     parts = votes / total.masked_fill(total == 0, 1.0)
     shares = torch.zeros(like.shape, dtype=votes.dtype, device=device)
-    for logits, part in zip(_each(teachers), parts.split(1, -1), strict=True):
+    for logits, part in zip(_each(teachers, like), parts.split(1, -1), strict=True):
         vote = uniform(largest(logits), votes.dtype)
         shares += (part * vote).masked_fill(part == 0, 0.0)
     won = winners(shares)
@@ -229,30 +230,10 @@ def consensus_labels(
     return Consensus(labels.squeeze(-1), share.squeeze(-1), margin.squeeze(-1))
 
 
-def _teachers(teacher: Any, student: Tensor) -> tuple[list[Tensor], int]:
-    """Check the teachers' logits beside a student's; return them and their number."""
-    if student.dim() < 1 or student.shape[-1] < 2:
-        shape = tuple(student.shape)
-        raise ValueError(f"student: expected shape (*, C) with C at least 2, got shape {shape}")
-    if is_sequence(teacher):
-        if not teacher:
-            raise ValueError("teacher: expected one tensor a teacher, got none")
-        for t, each in enumerate(teacher):
-            check_target(f"teacher[{t}]", each, student.device)
-            check_shape(f"teacher[{t}]", each, student.shape)
-        return list(teacher), len(teacher)
-    check_target("teacher", teacher, student.device)
-    count = teacher.shape[-2] if teacher.dim() > 1 else 0
-    if not count:
-        shape = tuple(teacher.shape)
-        raise ValueError(f"teacher: expected shape (*, T, C), T at least 1, got shape {shape}")
-    check_shape("teacher", teacher, (*student.shape[:-1], count, student.shape[-1]))
-    return [teacher], count
-
-
-def _each(teachers: Sequence[Tensor]) -> Sequence[Tensor]:
-    """One teacher after another."""
-    views: Sequence[Tensor] = teachers[0].unbind(-2) if len(teachers) == 1 else teachers
+def _each(teachers: Sequence[Tensor], student: Tensor) -> Sequence[Tensor]:
+    """One teacher after another, of packed ones too."""
+    packed = teachers[0].dim() > student.dim()
+    views: Sequence[Tensor] = teachers[0].unbind(-2) if packed else teachers
     return views
 
 

@@ -156,6 +156,7 @@ class Ladder(PackedModule):
         return project(x, getattr(self, f"last_{block}_weight"), None, self.teachers.dims)
 
     def _check(self, input: Any) -> None:
+        self.check_whole()
         if not is_sequence(input):
             kind = type(input).__name__
             raise TypeError(f"input: expected a sequence of tensors, one a block, got {kind}")

@@ -145,6 +145,7 @@ class TeacherMLPs(PackedModule):
         return x
 
     def _checked(self, student: Tensor) -> Tensor:
+        self.check_whole()
         check_tensor("student", student)
         check_shape("student", student, (*student.shape[:-1], self.in_features))
         return functional.layer_norm(student, student.shape[-1:]) if self.norm else student

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -34,11 +35,76 @@ class PackedModule(nn.Module, ABC):
     def pieces(self) -> Iterator[Piece]:
         """Yield every part of every parameter, once."""
 
+    def check_whole(self) -> None:
+        """Raise TypeError where a kernel would meet a parameter that FSDP has sharded."""
+        first = next(iter(self._parameters.values()))  # FSDP shards all of a module's, or none
+        if hasattr(first, "device_mesh"):
+            raise TypeError(
+                f"{type(self).__name__}: expected whole parameters, got DTensors, which FSDP"
+                " gathers around forward alone; for another method there is"
+                " torch.distributed.fsdp.register_fsdp_forward_method"
+            )
+
+    def pieces_of(self) -> dict[str, list[Piece]]:
+        """Return the parts of each parameter."""
+        found: dict[str, list[Piece]] = defaultdict(list)
+        for piece in self.pieces():
+            found[piece.parameter].append(piece)
+        return found
+
+    @property
+    def paths(self) -> "_Path":
+        """The keys of the state dict as paths of attributes."""
+        return _Path([piece.name for piece in self.pieces()])
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Tell torch.distributed.checkpoint, which follows keys by attributes, where to look."""
+        return {"teachers": "paths"}
+
+
+class _Path:
+    """What keys have in common up to a dot: attributes are their next parts."""
+
+    def __init__(self, keys: list[str]) -> None:
+        self._keys = keys
+
+    def __getattr__(self, name: str) -> "_Path":
+        rest = [key[len(name) + 1 :] for key in self._keys if f"{key}.".startswith(f"{name}.")]
+        if not rest:
+            raise AttributeError(f"no key of the state dict has {name!r} here")
+        return _Path(rest)
+
 
 def _split(module: PackedModule, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    packed = {name: state_dict.pop(prefix + name) for name, _ in module.named_parameters()}
-    for name, parameter, index in module.pieces():
-        state_dict[prefix + name] = packed[parameter][index]
+    for parameter, pieces in module.pieces_of().items():
+        packed = state_dict.pop(prefix + parameter)
+        whole = _whole(packed)  # gathered once
+        for piece in pieces:
+            state_dict[prefix + piece.name] = _placed_as(packed, whole[piece.where])
+    for piece in module.pieces():  # a teacher's keys together
+        state_dict[prefix + piece.name] = state_dict.pop(prefix + piece.name)
+
+
+def _whole(tensor: Any) -> Tensor:
+    """Return a tensor, gathered from all ranks if it is a DTensor, as FSDP's parameters are."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
+
+
+def _placed_as(like: Any, tensor: Tensor) -> Tensor:
+    """Return a tensor that all ranks have, sharded as `like` is: nothing is sent.
+
+    Parts of a parameter are sharded by their first dimension, whichever the parameter's is.
+    """
+    if not hasattr(like, "device_mesh"):
+        return tensor
+    tensors = import_module("torch.distributed.tensor")
+    places = like.placements
+    if tensor.shape != like.shape:
+        places = [tensors.Shard(0) if place.is_shard() else place for place in places]
+    mesh = like.device_mesh
+    placed: Tensor = tensors.distribute_tensor(tensor, mesh, places, src_data_rank=None)
+    return placed
 
 
 def _join(
@@ -51,26 +117,25 @@ def _join(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    pieces: dict[str, list[Piece]] = defaultdict(list)
-    for piece in module.pieces():
-        pieces[piece.parameter].append(piece)
-    for name, parts in pieces.items():
+    for name, parts in module.pieces_of().items():
         parameter, found = module.get_parameter(name).detach(), []
+        shapes = torch.empty(parameter.shape, device="meta")
         for key, _, index in parts:
-            value, shape = state_dict.pop(prefix + key, None), parameter[index].shape
+            value, shape = state_dict.pop(prefix + key, None), shapes[index].shape
             if value is None:
                 missing_keys.append(prefix + key)
             elif not isinstance(value, Tensor) or value.shape != shape:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 error_msgs.append(f"{prefix}{key}: expected shape {tuple(shape)}, got {got}")
             else:
-                found.append((index, value))
-        joined = parameter.clone()  # what is missing keeps its value
+                found.append((index, _whole(value)))
+        joined = _whole(parameter).clone()  # what is missing keeps its value
         if len(found) == len(parts):  # dtype and device of what loads: assign=True wants them
-            joined = torch.empty_like(parameter, dtype=value.dtype, device=value.device)
+            last = found[-1][1]
+            joined = torch.empty(parameter.shape, dtype=last.dtype, device=last.device)
         for index, value in found:
             joined[index] = value
-        state_dict[prefix + name] = joined
+        state_dict[prefix + name] = _placed_as(parameter, joined)
 
 
 def student_state_dict(module: nn.Module) -> dict[str, Any]:

@@ -157,7 +157,8 @@ def _weight(weight, p, weight_p, weight_n, at, here, TYPE: tl.constexpr):
     if weight is None:
         w = tl.full(at.shape, 1.0, TYPE)
     else:
-        w = tl.load(weight + p * weight_p + at * weight_n, mask=here, other=0.0).to(TYPE)
+        first = weight + tl.cast(p, tl.int64) * weight_p  # elementwise weights may pass 2^31
+        w = tl.load(first + at * weight_n, mask=here, other=0.0).to(TYPE)
     return w
 
 

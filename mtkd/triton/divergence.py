@@ -129,7 +129,6 @@ def _sums(
     log = tl.log(tl.where(empty, 1.0, t_total * s_share))
     s_term = log - _weighted(s_share, reverse)
     t_term = _weighted(t_share, forward) - log
-    log += (t_largest - s_largest) * inverse
     return s_largest, s_share, t_largest, t_share, s_term, t_term, log
 
 
@@ -143,8 +142,9 @@ def _log_ratios(p, q, forward, reverse):
 
 
 @triton.jit
-def _probabilities(logits, largest, share, inverse):
-    return tl.exp((logits - largest[:, None]) * inverse) * share[:, None]
+def _probabilities(logits, share, inverse):
+    """Softmax of logits less their largest."""
+    return tl.exp(logits * inverse) * share[:, None]
 
 
 @triton.jit
@@ -175,8 +175,8 @@ def _ratios(
         s, t = _read(
             student, teacher, bias, student_d, teacher_d, bias_d, column, width, counted, ACC
         )
-        p = _probabilities(s, s_largest, s_share, inverse)
-        q = _probabilities(t, t_largest, t_share, inverse)
+        p = _probabilities(s - s_largest[:, None], s_share, inverse)
+        q = _probabilities(t - t_largest[:, None], t_share, inverse)
         x, y = _log_ratios(p, q, forward, reverse)
         to_student += tl.sum(p * x, 1)
         to_teacher += tl.sum(q * y, 1)
@@ -214,8 +214,9 @@ def _gradients(
 ):
     """Return a block's gradients to student and teacher; `grad` is 0 where nothing is learned."""
     learned = grad != 0.0  # the other rows' losses may be infinite
-    p = tl.where(learned[:, None], _probabilities(s, s_largest, s_share, inverse), 0.0)
-    q = tl.where(learned[:, None], _probabilities(t, t_largest, t_share, inverse), 0.0)
+    s, t = s - s_largest[:, None], t - t_largest[:, None]  # else sides far apart do not cancel
+    p = tl.where(learned[:, None], _probabilities(s, s_share, inverse), 0.0)
+    q = tl.where(learned[:, None], _probabilities(t, t_share, inverse), 0.0)
     s_term, t_term = tl.where(learned, s_term, 0.0), tl.where(learned, t_term, 0.0)
     to_forward, to_reverse = grad * forward, grad * reverse
     if MIXTURE:
