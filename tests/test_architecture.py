@@ -14,7 +14,7 @@ ALLOWED = {
     "integrations": {"distributed", "nn", "packing", "reduction"},
     "distributed": {"nn", "functional", "packing", "reduction"},
     "demo": {"nn", "functional", "packing"},
-    "trainer": {"nn", "functional", "reduction", "packing", "teachers"},
+    "trainer": {"nn", "reduction", "information"},
     "teachers": {"packing"},
     "nn": {"functional", "packing", "reduction", "reference"},
     "functional": {"packing", "reduction", "linear", "ops", "reference"},
