@@ -19,14 +19,23 @@ def share(logits: Tensor) -> Tensor:
     return largest / largest.sum(-1, keepdim=True)
 
 
+def together(teacher: Tensor, mask: Tensor | None, vote: str) -> Tensor:
+    """What the teachers vote for: a distribution each, ``(N, T, C)``, or one, ``(N, 1, C)``."""
+    q = share(teacher) if vote in HARD else torch.softmax(teacher, -1)
+    if vote == "soft":
+        return q
+    counted = 1.0 if mask is None else mask.to(q.dtype).unsqueeze(-1)
+    q = (q * counted).sum(1, keepdim=True)
+    return share(q) if vote == "plurality" else q / q.sum(-1, keepdim=True)
+
+
 def packed(student: Tensor, teacher: Tensor, mask: Tensor | None, vote: str) -> Tensor:
     """The loss against packed logits, as a plain formula."""
-    q = share(teacher) if vote in HARD else torch.softmax(teacher, -1)
-    if vote in ("plurality", "mean"):
-        counted = 1.0 if mask is None else mask.to(q.dtype).unsqueeze(-1)
-        q = (q * counted).sum(1, keepdim=True)
-        q = share(q) if vote == "plurality" else q / q.sum(-1, keepdim=True)
-    losses = student.logsumexp(-1, keepdim=True) - (q * student.unsqueeze(1)).sum(-1)
+    if vote == "each":  # by class, as one would write it where no logits are equal
+        expected = student.gather(-1, teacher.argmax(-1))
+    else:
+        expected = (together(teacher, mask, vote) * student.unsqueeze(1)).sum(-1)
+    losses = student.logsumexp(-1, keepdim=True) - expected
     if mask is None:
         return losses.mean()
     mask = mask if losses.shape == mask.shape else mask.any(-1, keepdim=True)
