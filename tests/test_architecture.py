@@ -11,7 +11,8 @@ import mtkd
 ROOT = Path(mtkd.__file__).parent
 
 ALLOWED = {
-    "demo": {"nn", "functional", "packing"},
+    "demo": {"nn", "functional", "packing", "evaluation", "teachers", "trainer"},
+    "evaluation": {"packing"},
     "trainer": {"nn", "functional", "reduction", "packing", "teachers"},
     "teachers": {"packing"},
     "nn": {"functional", "packing", "reduction", "reference"},

@@ -27,6 +27,7 @@ def test_links_lead_somewhere(page):
 
 WITH_EXAMPLES = [
     "README.md",
+    "docs/evaluation.md",
     "docs/projectors.md",
     "docs/weighting.md",
     *sorted(ROOT.glob("docs/losses/*.md")),
