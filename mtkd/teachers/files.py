@@ -1,0 +1,173 @@
+"""Files that survive a kill and a full disk: allocated at once, written in order, checked first."""
+
+import os
+import shutil
+import stat
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+_ZEROS = 1 << 24  # bytes written at once where nothing can be allocated
+
+
+def make_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Make an .npy file of zeros whose room on the disk is taken now."""
+    with open(path, "xb") as file:
+        header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
+        size = _bytes(dtype, shape)
+        try:
+            _allocate(file.fileno(), file.tell(), size)
+        except OSError as error:
+            raise _no_room(error, path, size) from None
+        os.fsync(file.fileno())
+
+
+def _no_room(error: OSError, path: Path, size: int) -> OSError:
+    return OSError(error.errno, f"{error.strerror}: expected room for {size} bytes", str(path))
+
+
+def _allocate(descriptor: int, start: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        return os.posix_fallocate(descriptor, start, size)
+    for done in range(0, size, _ZEROS):
+        write_at(descriptor, start + done, bytes(min(_ZEROS, size - done)))
+
+
+def open_array(root: Path, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    """Map an .npy file of a folder read-only, once its place, header and size are as expected."""
+    with open_inside(root, name) as file:
+        expected = _bytes(dtype, shape)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = _header(root / name, file)
+        if got != (shape, False, dtype):
+            order = "Fortran" if got[1] else "C"
+            raise ValueError(
+                f"{root / name}: expected {dtype} of shape {shape} in C order,"
+                f" got {got[2]} of shape {got[0]} in {order} order"
+            )
+        expected += file.tell()
+        size = os.fstat(file.fileno()).st_size
+        if size != expected:
+            raise ValueError(f"{root / name}: expected {expected} bytes, got {size}")
+        return np.memmap(file, dtype, "r", file.tell(), shape)
+
+
+def _header(path: Path, file: Any) -> tuple[Any, ...]:
+    try:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"format version {version}")
+        return np.lib.format.read_array_header_1_0(file, max_header_size=4096)
+    except Exception as error:  # NumPy's parser raises whatever the bytes led it to
+        raise ValueError(f"{path}: expected an .npy header, got {error}") from None
+
+
+def _bytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    size = dtype.itemsize
+    for length in shape:
+        size *= length
+    return size
+
+
+def open_inside(root: Path, name: str) -> Any:
+    """Open a regular file of a folder for reading; links that lead elsewhere are refused."""
+    path = root / name
+    expected = os.path.join(os.path.realpath(root), *name.split("/"))
+    if os.path.realpath(path) != expected:
+        raise ValueError(f"{path}: expected a file of this folder, got a link to elsewhere")
+    try:
+        # Not blocking: a named pipe must not hold up the check.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise ValueError(f"{path}: expected a readable file, got {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path}: expected a regular file, got something else")
+    return os.fdopen(descriptor, "rb")
+
+
+def write_at(descriptor: int, offset: int, data: Any) -> None:
+    """Write bytes at an offset, whole or with an OSError."""
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def write_rows(path: Path, start: int, rows: Array, data: Array) -> None:
+    """Write the rows `rows`, ascending, of an array that begins at byte `start`; reach the disk."""
+    step = data[:1].nbytes
+    edges = np.flatnonzero(np.diff(rows, prepend=-2, append=-2) != 1)  # runs of successive rows
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        for first, last in pairwise(edges):
+            write_at(descriptor, start + int(rows[first]) * step, data[first:last])
+        os.fsync(descriptor)
+    except OSError as error:
+        raise _no_room(error, path, data.nbytes) from None
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace a file in one step: it holds the old content or the new, whatever happens."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(aside, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make names of files in a folder reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file's or folder's lock against other processes; it ends with the process."""
+    import fcntl  # only writing needs it: a store can be read where there is none
+
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def making(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a folder aside, then give it its name: it is there whole or not at all."""
+    root = Path(path).resolve()
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ValueError(f"path: expected a new or an empty folder, got {root}")
+    aside = root.with_name(f".{root.name}.{uuid.uuid4().hex}")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        os.replace(aside, root)
+    except BaseException:
+        shutil.rmtree(aside)
+        raise
+    sync_folder(root.parent)

@@ -1,0 +1,58 @@
+"""The folder of a store as a whole: its index read and checked, its files made, stores joined."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from .column import make_column
+from .files import open_inside, replace_file
+from .format import INDEX, LARGEST_INDEX, Index, Teacher, hash_ids
+
+
+def load_index(root: Path) -> Index:
+    """Read and check a folder's index.json."""
+    with open_inside(root, INDEX) as file:
+        data = file.read(LARGEST_INDEX + 1)
+    if len(data) > LARGEST_INDEX:
+        raise ValueError(f"{root / INDEX}: expected at most {LARGEST_INDEX} bytes, got more")
+    try:
+        return Index.load(data)
+    except ValueError as error:
+        raise ValueError(f"{root / INDEX}: {error}") from None
+
+
+def make_folder(root: Path, index: Index) -> None:
+    """Make every file of a store without rows in an empty folder."""
+    for teacher in index.teachers:
+        make_column(root / teacher.name, teacher, index.rows)
+    replace_file(root / INDEX, index.dump())
+
+
+def hash_rows(rows: int, ids: Iterable[str | int] | None) -> str | None:
+    """The hash of an argument `ids`, which has one for each row or is None."""
+    if ids is None:
+        return None
+    listed = list(ids)
+    if len(listed) != rows:
+        raise ValueError(f"ids: expected one for each of {rows} rows, got {len(listed)}")
+    return hash_ids(listed)
+
+
+def merge_indices(indices: list[Index]) -> Index:
+    """The index of stores together: the same rows, every teacher that one of them has."""
+    if not indices:
+        raise ValueError("stores: expected at least one, got none")
+    teachers: dict[str, Teacher] = {}
+    rows, ids = indices[0].rows, None
+    for number, own in enumerate(indices):
+        if own.rows != rows:
+            raise ValueError(
+                f"stores[{number}]: expected {rows} rows like stores[0], got {own.rows}"
+            )
+        if None not in (own.ids, ids) and own.ids != ids:
+            raise ValueError(f"stores[{number}]: expected row ids of hash {ids}, got {own.ids}")
+        ids = ids or own.ids
+        for teacher in own.teachers:
+            first = teachers.setdefault(teacher.name, teacher)
+            if teacher != first:
+                raise ValueError(f"stores[{number}]: expected {first}, got {teacher}")
+    return Index(rows, tuple(teachers.values()), ids)

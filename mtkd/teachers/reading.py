@@ -1,0 +1,149 @@
+"""Random rows of all teachers as one packed tensor, from the folder or from a device."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..packing import offsets
+from .column import Column
+from .encoding import DTYPES
+from .format import Teacher
+
+CHUNK = 256  # rows that are converted at once: they stay in a cache
+LOADED = 4096  # rows that go to a device at once
+
+
+def as_rows(rows: Any, length: int) -> Tensor:
+    """Return row numbers as a tensor of int64, checked against the number of rows.
+
+    Numbers on a GPU are left to its own check, so that the host need not wait for them.
+    """
+    if isinstance(rows, slice):
+        return torch.arange(*rows.indices(length))
+    if not isinstance(rows, (Tensor, np.ndarray, list, tuple, range)):
+        kind = type(rows).__name__
+        raise TypeError(f"rows: expected a tensor, array, list or slice of integers, got {kind}")
+    if isinstance(rows, (list, tuple, range)):
+        rows = np.asarray(rows if len(rows) else np.zeros(0, np.int64))
+    if isinstance(rows, np.ndarray) and rows.dtype.kind in "iu":
+        rows = torch.from_numpy(rows.astype(np.int64, copy=True))
+    if not isinstance(rows, Tensor) or rows.dtype.is_floating_point or rows.dtype == torch.bool:
+        raise TypeError(f"rows: expected integers, got {rows.dtype}")
+    if rows.dim() != 1:
+        raise ValueError(f"rows: expected shape (n,), got shape {tuple(rows.shape)}")
+    if rows.device.type == "cpu" and len(rows):
+        least, most = int(rows.min()), int(rows.max())
+        if least < 0 or most >= length:
+            expected = f"numbers from 0 to {length - 1}"
+            raise ValueError(f"rows: expected {expected}, got some from {least} to {most}")
+    return rows.long()
+
+
+def common_dtype(teachers: Sequence[Teacher]) -> torch.dtype:
+    """The dtype of targets: that of all teachers where it is one float type, else float32."""
+    kinds = {teacher.dtype for teacher in teachers}
+    dtype: torch.dtype = DTYPES[kinds.pop()] if len(kinds) == 1 else torch.float32
+    return dtype if dtype.is_floating_point else torch.float32
+
+
+def empty(
+    rows: int, teachers: Sequence[Teacher], dtype: torch.dtype, pinned: bool
+) -> tuple[Tensor, Tensor]:
+    """Make targets and mask, to be filled."""
+    width = sum(teacher.dim for teacher in teachers)
+    mask = torch.empty(rows, len(teachers), dtype=torch.bool, pin_memory=pinned)
+    if pinned:
+        return torch.empty(rows, width, dtype=dtype, pin_memory=True), mask
+    # NumPy asks for huge pages: fresh pages of 4 KB cost more than the copy into them.
+    memory = torch.from_numpy(np.empty((rows, width), f"i{dtype.itemsize}"))
+    return memory.view(dtype), mask
+
+
+def gather(columns: Sequence[Column], rows: Tensor, targets: Tensor, mask: Tensor) -> None:
+    """Fill targets and mask; each teacher has a file, hence one copy of its rows a teacher."""
+    ends = offsets([column.teacher.dim for column in columns])
+    for t, column in enumerate(columns):
+        # Presence first: what is present by then is whole.
+        torch.eq(column.present[rows], 1, out=mask[:, t])
+        part = targets[:, ends[t] : ends[t + 1]]
+        if part.dtype == column.values.dtype:
+            torch.index_select(column.values, 0, rows, out=part)
+        else:
+            _convert(column, rows, part)
+        if not mask[:, t].all():
+            part.masked_fill_(~mask[:, t, None], 0)
+
+
+def _convert(column: Column, rows: Tensor, part: Tensor) -> None:
+    for chunk, into in zip(rows.split(CHUNK), part.split(CHUNK), strict=True):
+        into.copy_(column.values[chunk])
+        if column.scales is not None:
+            into.mul_(column.scales[chunk, None])
+
+
+class ResidentStore:
+    """A store's rows on a device, packed: `TeacherStore.to` makes it, and it reads as that does.
+
+    Attributes:
+        names: the teachers, in the order of the columns.
+        dims: the width of each.
+        device: where the rows are.
+
+    Note:
+        Teachers of one dtype are held as they are stored, int8 with its scales; of several, in
+        float32. A batch is one gather of targets and one of the mask, however many teachers there
+        are, and the host does not wait for the device where `rows` is there already.
+    """
+
+    def __init__(
+        self, dims: Mapping[str, int], values: Tensor, scales: Tensor | None, mask: Tensor
+    ) -> None:
+        self.dims, self.names, self.device = dict(dims), tuple(dims), values.device
+        self._values, self._scales, self._mask = values, scales, mask
+        self._widths = torch.tensor(list(dims.values()), device=values.device)
+
+    @classmethod
+    def of(
+        cls, columns: Sequence[Column], rows: Tensor, device: torch.device | str
+    ) -> "ResidentStore":
+        """Copy rows of columns to a device, some at a time."""
+        teachers = [column.teacher for column in columns]
+        eight = all(column.scales is not None for column in columns)
+        dtype = torch.int8 if eight else common_dtype(teachers)
+        width, count = sum(teacher.dim for teacher in teachers), len(columns)
+        _check_room(torch.device(device), len(rows) * (width * dtype.itemsize + 5 * count))
+        values = torch.empty(len(rows), width, dtype=dtype, device=device)
+        scales = torch.empty(len(rows), count, device=device) if eight else None
+        mask = torch.empty(len(rows), count, dtype=torch.bool, device=device)
+        for start in range(0, len(rows), LOADED):
+            chosen = rows[start : start + LOADED]
+            part = slice(start, start + len(chosen))
+            host = empty(len(chosen), teachers, dtype, pinned=False)
+            gather(columns, chosen, *host)
+            values[part], mask[part] = host
+            if scales is not None:
+                kept = [column.scales[chosen] for column in columns if column.scales is not None]
+                scales[part] = torch.stack(kept, 1).masked_fill(~host[1], 0)
+        return cls({teacher.name: teacher.dim for teacher in teachers}, values, scales, mask)
+
+    def __len__(self) -> int:
+        return len(self._mask)
+
+    def __getitem__(self, rows: Any) -> tuple[Tensor, Tensor]:
+        """Return targets ``(n, sum D_t)`` and mask ``(n, T)`` of rows, on the device."""
+        numbers = as_rows(rows, len(self)).to(self.device, non_blocking=True)
+        targets, mask = self._values.index_select(0, numbers), self._mask.index_select(0, numbers)
+        if self._scales is None:
+            return targets, mask
+        scales = self._scales.index_select(0, numbers)
+        width = targets.shape[1]
+        return targets * scales.repeat_interleave(self._widths, 1, output_size=width), mask
+
+
+def _check_room(device: torch.device, size: int) -> None:
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < size:
+        free = torch.cuda.mem_get_info(device)[0]
+        raise ValueError(f"device: expected {size} bytes free on {device}, got {free}")

@@ -1,0 +1,325 @@
+"""A folder of stored teacher embeddings: made, filled, checked, read, joined and narrowed."""
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .column import Column, make_column
+from .files import locked, making, replace_file
+from .folder import hash_rows, load_index, make_folder, merge_indices
+from .format import INDEX, Index, make_teachers
+from .reading import ResidentStore, as_rows, common_dtype, empty, gather
+
+PathLike = str | os.PathLike[str]
+Dtype = str | torch.dtype
+
+
+class TeacherStore:
+    """Embeddings of the same rows by several teachers, in a folder, read through memory maps.
+
+    ``store[rows]`` gives packed targets ``(n, sum D_t)`` and a mask ``(n, T)``: what every loss
+    takes, with ``dims=tuple(store.dims.values())``. `create` makes a store, `open` opens one, and
+    ``TeacherStore(path)`` is short for `open`.
+
+    Attributes:
+        path: the folder.
+
+    Raises:
+        ValueError: a folder that is not a store, or is damaged: the file, what was expected and
+            what came. A folder from elsewhere is safe to open: there is no pickle in it, and no
+            name, size or link is followed before it is checked. `verify` reads the rows too.
+
+    Note:
+        Opening reads one byte a row and teacher. A teacher's file is mapped, not loaded: rows that
+        were read before come from the system's cache. Stores can be sent to other processes, such
+        as a loader's workers, which map the folder themselves.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from mtkd.teachers import TeacherStore
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = TeacherStore.create(f"{folder}/store", {"clip": 4, "dino": 3}, rows=10)
+        ...     written = store.append("clip", torch.randn(6, 4))  # rows 0 to 5
+        ...     written = store.append("dino", torch.randn(2, 3), rows=[7, 1])
+        ...     targets, mask = store[torch.tensor([1, 7, 9])]
+        >>> targets.shape, targets.dtype, mask.tolist()
+        (torch.Size([3, 7]), torch.float16, [[True, True], [False, True], [False, False]])
+    """
+
+    def __init__(
+        self,
+        path: PathLike,
+        teachers: Sequence[str] | None = None,
+        chosen: Tensor | None = None,
+    ) -> None:
+        self.path, self._chosen = Path(path), chosen
+        self._index = load_index(self.path)
+        known = {teacher.name: teacher for teacher in self._index.teachers}
+        for name in teachers or ():
+            _check_known(name, known)
+        self._columns = [
+            Column(self.path, known[name], self._index.rows)
+            for name in (known if teachers is None else teachers)
+        ]
+
+    @classmethod
+    def open(cls, path: PathLike) -> "TeacherStore":
+        """Open a store that is there, once every file is as its index says."""
+        return cls(path)
+
+    @classmethod
+    def create(
+        cls,
+        path: PathLike,
+        dims: Mapping[str, int],
+        rows: int,
+        *,
+        dtype: Dtype | Mapping[str, Dtype] = "float16",
+        revision: Mapping[str, str] | None = None,
+        ids: Iterable[str | int] | None = None,
+        exist_ok: bool = False,
+    ) -> "TeacherStore":
+        """Make a store without any row yet.
+
+        Args:
+            path: the folder, new or empty.
+            dims: the width of each teacher by name: letters, digits, ".", "_" and "-".
+            rows: the number of rows, which all teachers share.
+            dtype: how numbers are stored: "float16", "bfloat16", "float32" or "int8" (with a
+                scale a row), or a mapping by teacher.
+            revision: the revision of each model, to be kept with its name.
+            ids: the id of each row, strings or integers; their hash is kept, see `hash_ids`.
+            exist_ok: whether to open a store that is there, if all of the above is the same.
+
+        Raises:
+            ValueError: a folder with something in it, an unknown dtype, a name or width that
+                cannot be.
+            OSError: the disk has not the room. All of it is taken now, so that it cannot run out
+                later; then nothing is left behind.
+        """
+        index = Index(rows, make_teachers(dims, dtype, revision), hash_rows(rows, ids))
+        there = Path(path) / INDEX
+        if not (exist_ok and there.exists()):
+            try:
+                with making(path) as aside:
+                    make_folder(aside, index)
+            except (OSError, ValueError):
+                if not (exist_ok and there.exists()):  # or else another process was faster
+                    raise
+        store = cls(path)
+        if store._index != index:
+            raise ValueError(f"path: expected a store of {index}, got {store._index} in {path}")
+        return store
+
+    @classmethod
+    def merge(cls, path: PathLike, stores: "Sequence[TeacherStore]") -> "TeacherStore":
+        """Copy stores of the same rows into a new one: all their teachers, all that is present.
+
+        Args:
+            path: the folder, new or empty.
+            stores: stores with as many rows and, where they are kept, the same ids. A teacher may
+                be in several of them, with different rows present.
+
+        Raises:
+            ValueError: stores that do not fit, a teacher's row that is in two of them, a row that
+                is not what was written. Then nothing is left behind.
+        """
+        index = merge_indices([store._narrowed() for store in stores])
+        with making(path) as aside:
+            make_folder(aside, index)
+            for teacher in index.teachers:
+                column = Column(aside, teacher, index.rows)
+                for store in (store for store in stores if teacher.name in store.names):
+                    column.copy(store._column(teacher.name), store._rows(slice(None)).numpy())
+        return cls(path)
+
+    def add(
+        self,
+        dims: Mapping[str, int],
+        *,
+        dtype: Dtype | Mapping[str, Dtype] = "float16",
+        revision: Mapping[str, str] | None = None,
+    ) -> "TeacherStore":
+        """Add teachers, without any row yet, to the folder; return the store with them.
+
+        Arguments and errors are those of `create`. This store stays without them.
+        """
+        with locked(self.path):
+            old = load_index(self.path)
+            new = make_teachers(dims, dtype, revision)
+            index = Index(old.rows, (*old.teachers, *new), old.ids)
+            for teacher in new:
+                # A folder that the index does not name was left by a process that was killed.
+                shutil.rmtree(self.path / teacher.name, ignore_errors=True)
+                try:
+                    make_column(self.path / teacher.name, teacher, index.rows)
+                except OSError:
+                    shutil.rmtree(self.path / teacher.name, ignore_errors=True)
+                    raise
+            replace_file(self.path / INDEX, index.dump())
+        return TeacherStore(self.path, (*self.names, *dims), self._chosen)
+
+    def subset(self, teachers: Sequence[str] | None = None, rows: Any = None) -> "TeacherStore":
+        """Return a view of some teachers and some rows, in the order given; nothing is copied."""
+        names = self.names if teachers is None else tuple(teachers)
+        for name in names:
+            self._column(name)
+        return TeacherStore(self.path, names, self._chosen if rows is None else self._rows(rows))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Other processes get the path and map the folder themselves."""
+        return TeacherStore, (self.path, self.names, self._chosen)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The teachers, in the order of the columns of targets and mask."""
+        return tuple(column.teacher.name for column in self._columns)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The width of each teacher."""
+        return {column.teacher.name: column.teacher.dim for column in self._columns}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of targets: that of all teachers if it is one float type, else float32."""
+        return common_dtype([column.teacher for column in self._columns])
+
+    @property
+    def revisions(self) -> dict[str, str | None]:
+        """The revision of each teacher's model, where one was given."""
+        return {column.teacher.name: column.teacher.revision for column in self._columns}
+
+    def __len__(self) -> int:
+        return self._index.rows if self._chosen is None else len(self._chosen)
+
+    def __getitem__(self, rows: Any) -> tuple[Tensor, Tensor]:
+        """Return targets ``(n, sum D_t)`` and mask ``(n, T)``; absent rows hold 0 and False."""
+        return self.read(rows)
+
+    def read(
+        self,
+        rows: Any,
+        *,
+        device: torch.device | str | None = None,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return targets ``(n, sum D_t)`` and mask ``(n, T)`` of rows.
+
+        Args:
+            rows: a tensor, array, list, range or slice of row numbers.
+            device: where the result goes. A GPU's comes from pinned memory and is copied while
+                the host goes on.
+            out: targets and mask of a former call to be filled again. Fresh memory for a large
+                batch costs as much as reading it.
+
+        Returns:
+            Targets in `dtype` and a bool mask, True where a teacher has the row; where it has not,
+            its targets are 0.
+
+        Raises:
+            ValueError: row numbers that the store does not have, `out` of another shape.
+            TypeError: rows that are not integers.
+
+        Note:
+            Each teacher's rows are copied once, from the map to their columns, by all threads.
+        """
+        numbers = self._rows(rows)
+        pinned = device is not None and torch.device(device).type == "cuda"
+        if out is None:
+            teachers = [column.teacher for column in self._columns]
+            out = empty(len(numbers), teachers, self.dtype, pinned)
+        elif any(len(tensor) != len(numbers) for tensor in out):
+            shapes = [tuple(tensor.shape) for tensor in out]
+            raise ValueError(f"out: expected {len(numbers)} rows, got shapes {shapes}")
+        gather(self._columns, numbers, *out)
+        if device is None:
+            return out
+        targets, mask = (tensor.to(device, non_blocking=pinned) for tensor in out)
+        return targets, mask
+
+    def to(self, device: torch.device | str) -> ResidentStore:
+        """Return a copy of all rows on a device, which is read in the same way.
+
+        Raises:
+            ValueError: a GPU without the room, with the bytes that are needed and free.
+        """
+        return ResidentStore.of(self._columns, self._rows(slice(None)), device)
+
+    def append(self, teacher: str, values: Any, rows: Any = None, *, present: str = "error") -> int:
+        """Write a teacher's embeddings of some rows.
+
+        Args:
+            teacher: its name.
+            values: finite numbers ``(n, D_t)``, a tensor on any device or an array.
+            rows: their rows; None for those that follow the last one present.
+            present: what to do with rows that are there already: "error", or "keep" them and write
+                the others.
+
+        Returns:
+            The number of rows written: on the disk, whole, when this returns.
+
+        Raises:
+            ValueError: another width, NaN, infinity or overflow in the stored dtype, with the rows;
+                rows that are present, or given twice. Then nothing has been written.
+            TypeError: values that are not floating point.
+            OSError: a disk that is full or fails; these rows are absent then.
+
+        Note:
+            Any number of processes may write. Those that write the same teacher take turns.
+        """
+        column = self._column(teacher)
+        if present not in ("error", "keep"):
+            raise ValueError(f"present: expected 'error' or 'keep', got {present!r}")
+        if rows is None:
+            there = self.present(teacher).nonzero()
+            first = int(there[-1]) + 1 if len(there) else 0
+            rows = range(first, first + len(values))
+        numbers = self._rows(rows).numpy()
+        if len(np.unique(numbers)) != len(numbers):
+            raise ValueError("rows: expected rows that differ, got some twice")
+        return column.write(numbers, values, keep=present == "keep")
+
+    def present(self, teacher: str) -> Tensor:
+        """Which rows a teacher has now: bool ``(rows,)``."""
+        marks = self._column(teacher).present
+        return (marks if self._chosen is None else marks[self._chosen]) == 1
+
+    def verify(self) -> dict[str, Tensor]:
+        """Read every row that is present; return, by teacher, those that are not as written.
+
+        Teachers without such rows are left out: an intact store gives ``{}``. `discard` makes the
+        rows absent, and `embed` writes them anew.
+        """
+        rows = self._rows(slice(None)).numpy()
+        broken = {c.teacher.name: torch.from_numpy(c.broken(rows)) for c in self._columns}
+        return {name: bad for name, bad in broken.items() if len(bad)}
+
+    def discard(self, teacher: str, rows: Any) -> None:
+        """Make some rows of a teacher absent, so that they can be written again."""
+        self._column(teacher).discard(self._rows(rows).numpy())
+
+    def _column(self, teacher: str) -> Column:
+        _check_known(teacher, self.names)
+        return self._columns[self.names.index(teacher)]
+
+    def _narrowed(self) -> Index:
+        """The index of what this view shows; ids are those of all rows."""
+        ids = self._index.ids if self._chosen is None else None
+        return Index(len(self), tuple(column.teacher for column in self._columns), ids)
+
+    def _rows(self, rows: Any) -> Tensor:
+        """Rows of the folder, on the CPU."""
+        numbers = as_rows(rows.cpu() if isinstance(rows, Tensor) else rows, len(self))
+        return numbers if self._chosen is None else self._chosen[numbers]
+
+
+def _check_known(teacher: str, known: Iterable[str]) -> None:
+    if teacher not in known:
+        raise ValueError(f"teacher: expected one of {', '.join(known)}, got {teacher!r}")
