@@ -1,0 +1,66 @@
+"""The module that is trained: student and objectives in one forward, as DDP and FSDP want it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..nn import TeacherNorm
+from ..nn.moments import Estimator
+from .encoders import Encoder
+from .objectives import Objective
+
+
+class Distillation(nn.Module):
+    """Student, objectives, the targets' statistics: all that a checkpoint holds.
+
+    Args:
+        student: the encoder.
+        objectives: an `Objective` by name.
+        norm: what standardises the targets, or None.
+        marginal: statistics of the targets as heads see them, where information is estimated.
+        recompute: whether backward makes the student's activations anew.
+    """
+
+    accepts_loss_kwargs = True  # the loss is scaled for accumulation already
+
+    def __init__(
+        self,
+        student: Encoder,
+        objectives: Mapping[str, Objective],
+        norm: Estimator | None,
+        marginal: TeacherNorm | None,
+        recompute: bool,
+    ) -> None:
+        super().__init__()
+        self.student, self.recompute = student, recompute
+        self.objectives = nn.ModuleDict(objectives)
+        self.norm, self.marginal = norm, marginal
+
+    def forward(
+        self, batches: Sequence[Mapping[str, Any]], targets: Tensor, mask: Tensor
+    ) -> dict[str, Any]:
+        """Return the embeddings of all batches, and each objective's matrix."""
+        recompute = self.recompute and torch.is_grad_enabled()
+        embeddings = [
+            checkpoint(self.student, batch, use_reentrant=False)
+            if recompute
+            else self.student(batch)
+            for batch in batches
+        ]
+        rows = sum(len(embedding) if embedding.dim() else 0 for embedding in embeddings)
+        if rows != len(mask) or embeddings[0].dim() < 2:
+            got = ", ".join(str(tuple(embedding.shape)) for embedding in embeddings)
+            raise ValueError(f"student: expected embeddings (N, H), N = {len(mask)}, got {got}")
+        embedding = embeddings[0] if len(embeddings) == 1 else torch.cat(embeddings)
+        matrices = {
+            name: objective(embedding, targets, mask) for name, objective in self.objectives.items()
+        }
+        return {"embedding": embedding, "matrices": matrices}
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Pass transformers' setting on to the student."""
+        model: Any = self.student.model
+        model.activation_checkpointing_enable(*args, **kwargs)

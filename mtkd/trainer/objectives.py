@@ -1,0 +1,134 @@
+"""Objectives: losses that give a matrix ``(N, T)``, and how the trainer reduces it."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import GaussianHeads
+from ..nn.teachers import Teachers
+from ..reduction import Weight, reduce_matrix
+
+
+class Objective(nn.Module):
+    """A loss of the student's embeddings, its coefficient, and the teachers' weights.
+
+    Args:
+        loss: a module of `mtkd.nn` (`GaussianHeads`, `Projectors`); a loss of `mtkd.functional`
+            with its settings, such as ``functools.partial(F.mse, dims=dims)``; or any module or
+            function (student, targets, mask) -> matrix ``(N, T)``. A loss that has an argument
+            `reduction` is called with ``mask=mask, reduction="none"``.
+        coefficient: what the loss is multiplied by in a sum of several.
+        weight: weights of the teachers ``(T,)``; or a callable (detached matrix, mask) -> weights,
+            such as those of `mtkd.weighting`, for training alone: evaluation weighs all the same.
+        options: further keyword arguments for every call of the loss.
+
+    Shape:
+        - student ``(N, H)``, targets ``(N, D)``, mask ``(N, T)`` bool. Returns ``(N, T)``.
+
+    Returns:
+        The matrix of losses.
+
+    Raises:
+        ValueError: a result that is not a matrix ``(N, T)``, weights that do not fit.
+        TypeError: a loss that cannot be called.
+
+    Note:
+        A step's loss is ``sum(w m l) / sum(w m)``, over all micro-batches and processes of the
+        step; with a callable `weight`, which no one knows before the matrix, it is divided by
+        ``sum(m)``.
+
+    Example:
+        >>> import torch
+        >>> from mtkd.nn import Projectors
+        >>> from mtkd.trainer import Objective
+        >>> objective = Objective(Projectors(4, {"cnn": 3, "pca": 5}), cosine=1.0, smooth_l1=0.0)
+        >>> mask = torch.ones(6, 2, dtype=torch.bool)
+        >>> objective(torch.randn(6, 4), torch.randn(6, 8), mask).shape
+        torch.Size([6, 2])
+    """
+
+    weight: Weight
+
+    def __init__(
+        self,
+        loss: nn.Module | Callable[..., Tensor],
+        coefficient: float = 1.0,
+        *,
+        weight: Weight = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not callable(loss):
+            raise TypeError(f"objective: expected a module or a callable, got {_kind(loss)}")
+        self.loss, self.coefficient, self.options = loss, coefficient, options
+        if isinstance(weight, Tensor):
+            if weight.dim() != 1:
+                got = tuple(weight.shape)
+                raise ValueError(f"weight: expected a tensor (T,) or a callable, got shape {got}")
+            self.register_buffer("weight", weight, persistent=False)
+        else:
+            self.weight = weight
+        call = getattr(loss, "alignment", loss)  # projectors return predictions when called
+        self.reduces = call is not loss or "reduction" in _parameters(loss)
+
+    @property
+    def teachers(self) -> Teachers | None:
+        """The teachers that the loss is made for, where it says so."""
+        teachers = getattr(self.loss, "teachers", None)
+        return teachers if isinstance(teachers, Teachers) else None
+
+    def forward(self, student: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        """Return the matrix of losses."""
+        call = getattr(self.loss, "alignment", self.loss)
+        if self.reduces:
+            matrix = call(student, targets, mask=mask, reduction="none", **self.options)
+        else:
+            matrix = call(student, targets, mask, **self.options)
+        if not isinstance(matrix, Tensor) or matrix.shape != mask.shape:
+            got = f"shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor) else _kind(matrix)
+            raise ValueError(
+                f"objective: expected a matrix (N, T) = {tuple(mask.shape)} of losses from"
+                f" {_kind(self.loss)}, got {got}; the trainer reduces it"
+            )
+        return matrix
+
+    def reduce(self, matrix: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
+        """Return the loss of a part of a step, in all of which `counts` ``(T,)`` rows count."""
+        weight = self.weight if self.training or isinstance(self.weight, Tensor) else None
+        counts = counts.to(torch.promote_types(matrix.dtype, torch.float32))
+        total = (counts * weight).sum() if isinstance(weight, Tensor) else counts.sum()
+        return self.coefficient * reduce_matrix(matrix, weight=weight, mask=mask, denominator=total)
+
+    def total(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """Return the evaluation's loss of a sum of matrices' rows ``(T,)``."""
+        weight = self.weight.to(sums) if isinstance(self.weight, Tensor) else torch.ones_like(sums)
+        whole = (counts * weight).sum()
+        return self.coefficient * torch.where(whole == 0, 0.0, (sums * weight).sum() / whole)
+
+    @property
+    def heads(self) -> GaussianHeads | None:
+        """The loss, where it is a likelihood in nats."""
+        return self.loss if isinstance(self.loss, GaussianHeads) else None
+
+
+def as_objectives(objective: Any) -> dict[str, Objective]:
+    """Return one objective, which is called "loss", or several by name."""
+    several = objective if isinstance(objective, Mapping) else {"loss": objective}
+    if not several:
+        raise ValueError("objective: expected at least one, got an empty mapping")
+    return {
+        name: loss if isinstance(loss, Objective) else Objective(loss)
+        for name, loss in several.items()
+    }
+
+
+def _parameters(loss: Any) -> Mapping[str, Any]:
+    call = loss.forward if isinstance(loss, nn.Module) else loss
+    return inspect.signature(call).parameters
+
+
+def _kind(argument: Any) -> str:
+    return type(argument).__name__

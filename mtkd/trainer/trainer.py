@@ -1,0 +1,331 @@
+"""transformers' Trainer with what distillation needs, and nothing that it has already."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from ..information import information_gain
+from ..nn import TeacherNorm
+from ..nn.moments import Estimator
+from .checkpoints import CheckpointTrainer
+from .encoders import Encoder, as_encoder
+from .export import export_student
+from .guard import Guard
+from .meter import Meter
+from .model import Distillation
+from .objectives import Objective, as_objectives
+from .targets import ROW, Targets, as_targets, fetch
+from .teachers import agree
+
+logger = logging.getLogger(__name__)
+
+
+class DistillationTrainer(CheckpointTrainer):
+    r"""Train a student on the embeddings of many teachers, with transformers' Trainer.
+
+    Mixed precision, DDP, accumulation, checkpoints, logs to TensorBoard, progress bars, early
+    stopping and the hub are the Trainer's own, and so are `args` and all further arguments.
+
+    Args:
+        student: an `Encoder`, or a module whose `forward` takes what a batch holds and returns
+            embeddings ``(N, H)``.
+        objective: what `Objective` takes, or an `Objective`; or several of them by name, whose
+            losses are added.
+        targets: a teacher store, `TeacherModels`, or any callable of a batch; see `Targets`.
+        args: transformers.TrainingArguments. `learning_rate` is the student's.
+        norm: standardises the targets: `mtkd.nn.TeacherNorm` or `PhiS`. It learns from a step's
+            targets as a whole, in training alone.
+        heads_learning_rate: the learning rate of the objectives' parameters; None: the student's.
+        heads_once: whether heads run once a step, on the embeddings of all its micro-batches.
+        recompute_student: whether backward makes the student's activations anew, a micro-batch at
+            a time, rather than to keep them.
+        max_skipped: how many steps may be skipped for a loss or gradient that is not finite.
+        dims: a mapping from a teacher's name to its width, where neither targets nor objectives
+            say it.
+        options: further arguments of transformers.Trainer, by keyword: `train_dataset`,
+            `eval_dataset`, `data_collator`, `callbacks`, ...
+
+    Raises:
+        ValueError: teachers, widths, keys or shapes that do not fit, before the first step.
+        TypeError: an argument of the wrong type.
+        NonFiniteError: while training, more than `max_skipped` steps were skipped.
+
+    Note:
+        A step's loss is divided by what counts in all its micro-batches and on all processes, so
+        accumulation changes nothing but the order of sums. The targets of a step are held at once.
+        See docs/training.md.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from transformers import TrainingArguments
+        >>> from mtkd.nn import GaussianHeads
+        >>> from mtkd.trainer import DistillationTrainer, Encoder, TeacherModels
+        >>> teacher = Encoder(torch.nn.Linear(8, 3), inputs=("x",))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer = DistillationTrainer(
+        ...         Encoder(torch.nn.Linear(8, 4), inputs=("x",)),
+        ...         GaussianHeads(4, {"linear": 3}),
+        ...         TeacherModels({"linear": teacher}),
+        ...         TrainingArguments(folder, max_steps=2, disable_tqdm=True, report_to="none"),
+        ...         train_dataset=[{"x": x, "row": i} for i, x in enumerate(torch.randn(16, 8))],
+        ...     )
+        ...     result = trainer.train()  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
+        >>> result.global_step
+        2
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        student: nn.Module,
+        objective: Objective | nn.Module | Callable[..., Tensor] | Mapping[str, Any],
+        targets: Targets | Any,
+        args: TrainingArguments | None = None,
+        *,
+        norm: Estimator | None = None,
+        heads_learning_rate: float | None = None,
+        heads_once: bool = False,
+        recompute_student: bool = False,
+        max_skipped: int = 10,
+        dims: Mapping[str, int] | None = None,
+        **options: Any,
+    ) -> None:
+        self.objectives = as_objectives(objective)
+        encoder = as_encoder("student", student)
+        self.targets = as_targets(targets)
+        self.teachers = agree(dims, self.targets, self.objectives, norm)
+        likelihoods = any(each.heads is not None for each in self.objectives.values())
+        marginal = TeacherNorm(self.teachers.dims) if likelihoods else None
+        self.distillation = Distillation(
+            encoder, self.objectives, norm, marginal, recompute_student
+        )
+        self.heads_learning_rate, self.heads_once = heads_learning_rate, heads_once
+        self.guard, self._meter = Guard(max_skipped), Meter()
+        self._micro: list[Any] = []  # a step's micro-batches, and once prepared their parts
+        self._parts: list[dict[str, Any]] = []
+        self._heads_rate: float | None = None
+        super().__init__(self.distillation, args, **options)
+        self.can_return_loss = True
+        if not hasattr(self.targets, "keys"):  # they may read any column
+            self.args.remove_unused_columns = False
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"args: expected one process a GPU, got one for {self.args.n_gpu}; start it with"
+                " torchrun, or set CUDA_VISIBLE_DEVICES"
+            )
+
+    # What a step needs, made once for all its micro-batches.
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Collect the micro-batches of a step."""
+        self._micro, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._parts = []
+        return self._micro, items
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Do forward and backward of a micro-batch, or of a step's all at its last one."""
+        if not self._parts:
+            model.train()
+            self.guard.begin(self.distillation)
+            batches, self._micro = self._micro or [inputs], []
+            self._parts = self._prepare(batches)
+            if self.heads_once:
+                empty: list[dict[str, Any]] = [{}] * (len(self._parts) - 1)
+                self._parts = [*empty, _join(self._parts)]
+        part = self._parts.pop(0)
+        if not part:
+            return torch.zeros((), device=self.args.device)
+        loss: Tensor = super().training_step(model, part, num_items_in_batch)
+        return loss
+
+    def _prepare(self, batches: Sequence[Any]) -> list[dict[str, Any]]:
+        """Return the parts of a step: batches with their targets, and what counts in all."""
+        batches = [self._prepare_inputs(batch) for batch in batches]
+        pairs = [fetch(self.targets, batch, self.teachers.dims) for batch in batches]
+        packed, mask = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+        model, sizes = self.distillation, [len(each) for each, _ in pairs]
+        if model.norm is not None:
+            packed = model.norm(packed, mask)
+        if model.marginal is not None and model.training:
+            model.marginal.update(packed, mask)
+        counts = (
+            self._sum(mask.sum(0)) / self.accelerator.num_processes
+            if model.training
+            else mask.sum(0)
+        )
+        return [
+            {"batches": [batch], "targets": part, "mask": counted, "counts": counts}
+            for batch, part, counted in zip(
+                batches, packed.split(sizes), mask.split(sizes), strict=True
+            )
+        ]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the loss of a part of a step, or of an evaluation's batch."""
+        part = inputs if "counts" in inputs else self._prepare([inputs])[0]
+        counts, mask = part["counts"], part["mask"]
+        outputs = model(part["batches"], part["targets"], mask)
+        matrices = outputs["matrices"]
+        self._meter.add(matrices, mask)
+        if model.training:
+            rows = [batch.get(ROW) for batch in part["batches"]]
+            named = all(isinstance(each, Tensor) for each in rows)
+            self.guard.see(torch.cat(rows) if named else None, matrices, mask)
+        pairs = [(each, matrices[name]) for name, each in self.objectives.items()]
+        losses = [each.reduce(matrix, mask, counts) for each, matrix in pairs]
+        loss = torch.stack(losses).sum()
+        return (loss, {"embedding": outputs["embedding"]}) if return_outputs else loss
+
+    # Parameter groups.
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the Trainer's optimizer, with student and heads in groups of their own."""
+        given = self.optimizer is not None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if given:
+            return optimizer
+        student = {id(p) for p in self.distillation.student.parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            for heads in (False, True):
+                parameters = [p for p in group["params"] if (id(p) not in student) == heads]
+                rate = self.heads_learning_rate if heads else None
+                rate = group["lr"] if rate is None else rate
+                name = "heads" if heads else "student"
+                groups += [group | {"params": parameters, "lr": rate, "role": name}]
+        optimizer.param_groups[:] = [group for group in groups if group["params"]]
+        return optimizer
+
+    # The guard.
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the gradient's norm; where it is not finite, undo the step before it is made."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is None or bool(torch.isfinite(torch.as_tensor(norm))):
+            self._meter.commit()
+            return norm
+        self._meter.drop()
+        self.guard.restore()
+        loss_is_bad = bool(self._sum(self.guard.any_bad_loss()))
+        if getattr(self.accelerator, "scaler", None) is None:
+            model.zero_grad(set_to_none=True)  # an optimizer leaves alone what has no gradient
+        elif not loss_is_bad:
+            return norm  # the loss scale was too large: the scaler itself skips the step
+        logger.warning(self.guard.skip(self.state.global_step, loss_is_bad))
+        return norm
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(tensor.double(), "sum")
+        return total
+
+    # Logs.
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and with a training loss what it is made of."""
+        if "loss" in logs:
+            logs |= self._teacher_logs(self._meter.take(self._sum))
+            if self._heads_rate is not None:
+                logs["learning_rate_heads"] = self._heads_rate
+            if self.guard.skipped:
+                logs["skipped"] = self.guard.skipped
+        super().log(logs, start_time)
+
+    def _get_learning_rate(self) -> float:
+        """Return the student's learning rate of this step; remember the heads'."""
+        roles = {group.get("role"): group["lr"] for group in self.optimizer.param_groups}
+        self._heads_rate = roles.get("heads")
+        rate: float = super()._get_learning_rate()
+        return rate
+
+    def _teacher_logs(self, taken: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+        logs: dict[str, float] = {}
+        for name, (sums, counts) in taken.items():
+            seen = counts > 0
+            means = sums / counts.clamp(min=1)
+            information = self._information(name, means)
+            for label, values in ({name: means} | information).items():
+                pairs = zip(self.teachers.names, values.tolist(), seen.tolist(), strict=True)
+                logs |= {f"{label}/{teacher}": value for teacher, value, ok in pairs if ok}
+        return logs
+
+    def _information(self, name: str, losses: Tensor) -> dict[str, Tensor]:
+        """Return what the student tells about each teacher, where the losses are likelihoods."""
+        heads, marginal = self.objectives[name].heads, self.distillation.marginal
+        if heads is None or marginal is None:
+            return {}
+        dims = self.teachers.dims
+        nll = losses if heads.per_dim else losses / torch.tensor(dims)
+        variance = marginal.scale.double().cpu() ** -2
+        several = sum(each.heads is not None for each in self.objectives.values()) > 1
+        label = f"{name}_information" if several else "information"
+        return {label: information_gain(nll, variance, dims, bound=heads.bound)}
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the Trainer does; the loss is exact for any mask, and told by teacher."""
+        training, self._meter = self._meter, Meter()
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            self._meter.commit()
+            taken = self._meter.take(self._sum)
+        finally:
+            self._meter = training
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        losses = [self.objectives[name].total(*both) for name, both in taken.items()]
+        logs = {"loss": float(sum(losses)), **self._teacher_logs(taken)}
+        output.metrics.update({f"{prefix}_{key}": value for key, value in logs.items()})
+        return output
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"skipped": self.guard.skipped}
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.guard.skipped = state.get("skipped", 0)
+
+    @property
+    def student(self) -> Encoder:
+        """The student."""
+        return self.distillation.student
+
+    def export_student(self, path: str | os.PathLike[str]) -> None:
+        """Write the student alone into a folder; see `mtkd.trainer.export_student`.
+
+        Every process calls it; one writes. A tokenizer given as `processing_class` goes with it.
+        """
+        state = None
+        if self.is_fsdp_enabled:
+            whole, prefix = self.accelerator.get_state_dict(self.model), "student.model."
+            state = {k[len(prefix) :]: v for k, v in whole.items() if k.startswith(prefix)}
+        if self.args.should_save:
+            export_student(self.student, path, state)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(str(path))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns of the data that student and targets read."""
+        read = getattr(self.targets, "keys", ())
+        keys = (*self.student.keys, ROW, *read, *self.label_names)
+        self._signature_columns = [*dict.fromkeys((*keys, "label", "label_ids"))]
+
+
+def _join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the parts of a step as one."""
+    batches = [batch for part in parts for batch in part["batches"]]
+    joined = {key: torch.cat([part[key] for part in parts]) for key in ("targets", "mask")}
+    return {"batches": batches, "counts": parts[0]["counts"], **joined}
