@@ -275,6 +275,14 @@ def test_evaluate_names_what_it_has_data_for():
     assert scores["spearman"] == pair_spearman(x[:45], x[45:], pairs[2])
 
 
+def test_evaluate_computes_what_is_asked_for():
+    x, y = clusters(90, 3)
+    teachers = {"same": x, "other": draw(90, 5, seed=4)}
+    scores = evaluate(x, labels=y, teachers=teachers)
+    some = evaluate(x, labels=y, teachers=teachers, only=("r2", "knn"))
+    assert some == {name: scores[name] for name in ("knn", "r2/same", "r2/other")}
+
+
 def test_evaluate_scores_the_rows_held_out():
     x, y = draw(90, 4), np.arange(90) % 3
     test = np.arange(90) >= 60
@@ -370,6 +378,7 @@ FULL = np.ones((12, 1), dtype=bool)
             lambda: evaluate(X[:4], labels=[0, 0, 1, 1], held_out=0.1),
             "embeddings: expected more row",
         ),
+        (lambda: evaluate(X, labels=Y, only=["knn", "r2"]), "only: expected some of linear, log"),
         (lambda: evaluate(X, teachers=X), "dims: expected the widths of packed teachers, got None"),
         (
             lambda: evaluate(X, teachers=X, dims=(2, 2)),

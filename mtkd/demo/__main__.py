@@ -1,9 +1,10 @@
-"""`python -m mtkd.demo`: distil eleven teachers into one small student and compare the losses."""
+"""`python -m mtkd.demo`: distil eleven teachers of digits into one small student; `text` for text."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +19,11 @@ from .report import collect, draw, table, verdict, write_json
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the demonstration and write its results."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["text"]:
+        from .text.__main__ import main as main_text  # needs transformers, which digits do not
+
+        return main_text(arguments[1:])
     options = _parse(arguments)
     settings = replace(Settings(), seeds=options.seeds, epochs=options.epochs)
     if options.quick:

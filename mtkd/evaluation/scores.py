@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ def evaluate(
     held_out: Any = 1 / 3,
     neighbours: int = 10,
     seed: int = 0,
+    only: Collection[str] | None = None,
 ) -> dict[str, float]:
     """Score an embedding by every probe for which there is data.
 
@@ -49,9 +51,10 @@ def evaluate(
             by class where there are labels), or a boolean array ``(N,)``.
         neighbours: of `knn` and `overlap`, both by cosine.
         seed: of the share held out and of k-means.
+        only: which scores to compute, such as ``("knn", "r2")``; None: all.
 
     Returns:
-        Scores by name, `isotropy` always among them; see each probe for range and meaning. `nmi`,
+        Scores by name, `isotropy` among them; see each probe for range and meaning. `nmi`,
         `overlap`, `isotropy` and `spearman` fit nothing, and take all rows.
 
     Raises:
@@ -80,28 +83,35 @@ def evaluate(
     rows = len(columns)
     classes = None if labels is None else to_labels("labels", labels, rows, least=2)
     test = _held_out(held_out, rows, classes, seed)
-    scores = {}
+    asked: list[tuple[str, Callable[[], float]]] = []
     if classes is not None:
         part = columns[~test], classes[~test], columns[test], classes[test]
-        scores["linear"] = linear_probe(*part)
-        scores["logistic"] = logistic_probe(*part)
-        scores["knn"] = knn_probe(*part, neighbours=neighbours, metric="cosine")
-        scores["nmi"] = kmeans_nmi(columns, classes, seed=seed)
+        votes = {"neighbours": neighbours, "metric": "cosine"}
+        asked += [
+            ("linear", partial(linear_probe, *part)),
+            ("logistic", partial(logistic_probe, *part)),
+            ("knn", partial(knn_probe, *part, **votes)),
+            ("nmi", partial(kmeans_nmi, columns, classes, seed=seed)),
+        ]
     if values is not None:
         numbers = to_values("values", values, rows)
-        scores["ridge"] = ridge_probe(columns[~test], numbers[~test], columns[test], numbers[test])
+        parts = columns[~test], numbers[~test], columns[test], numbers[test]
+        asked.append(("ridge", partial(ridge_probe, *parts)))
     if pairs is not None:
-        first, second = _pair_rows(pairs, rows)
-        scores["spearman"] = pair_spearman(columns[first], columns[second], pairs[2])
+        first, second = (columns[side] for side in _pair_rows(pairs, rows))
+        asked.append(("spearman", partial(pair_spearman, first, second, pairs[2])))
     for name, teacher, known in _by_teacher(teachers, dims, mask, rows):
         fit, held = known & ~test, known & test
-        scores[f"r2/{name}"] = reconstruction_r2(
-            columns[fit], teacher[fit], columns[held], teacher[held]
-        )
-        scores[f"overlap/{name}"] = neighbour_overlap(
-            columns[known], teacher[known], neighbours=neighbours
-        )
-    return scores | {"isotropy": isotropy(columns)}
+        parts = columns[fit], teacher[fit], columns[held], teacher[held]
+        near = columns[known], teacher[known]
+        asked.append((f"r2/{name}", partial(reconstruction_r2, *parts)))
+        asked.append((f"overlap/{name}", partial(neighbour_overlap, *near, neighbours=neighbours)))
+    asked.append(("isotropy", partial(isotropy, columns)))
+    wanted = {name.split("/")[0] for name, _ in asked} if only is None else set(only)
+    if unknown := wanted - {name.split("/")[0] for name, _ in asked}:
+        found = ", ".join(dict.fromkeys(name.split("/")[0] for name, _ in asked))
+        raise ValueError(f"only: expected some of {found}, got {', '.join(sorted(unknown))}")
+    return {name: score() for name, score in asked if name.split("/")[0] in wanted}
 
 
 def _held_out(held_out: Any, rows: int, classes: Array | None, seed: int) -> Array:

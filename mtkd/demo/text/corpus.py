@@ -61,13 +61,11 @@ class Passage:
         return zlib.crc32(f"{self.module}.{self.name}".encode()) % 4 == 0
 
 
-def read_corpus(most: int) -> list[Passage]:
-    """Return at most so many passages of each subject, the same every time."""
+def read_corpus(most: int, subjects: int | None = None) -> list[Passage]:
+    """Return at most so many passages of each of so many subjects, the same every time."""
     passages = []
-    for base, subjects in SUBJECTS.items():
-        root = Path(sysconfig.get_paths()[base])
-        for subject in subjects:
-            passages += _some(_passages(root, subject), most)
+    for base, subject in [(b, s) for b, each in SUBJECTS.items() for s in each][:subjects]:
+        passages += _some(_passages(Path(sysconfig.get_paths()[base]), subject), most)
     return passages
 
 
@@ -83,9 +81,7 @@ def graded_pairs(passages: list[Passage], seed: int = 0) -> tuple[Array, Array, 
     others = np.arange(len(passages))
     columns: list[tuple[Array, Array]] = [(first, first + 1)]
     for same in (True, False):
-        fit = [
-            others[((subjects == subjects[i]) == same) & (objects != objects[i])] for i in first
-        ]
+        fit = [others[((subjects == subjects[i]) == same) & (objects != objects[i])] for i in first]
         columns.append((first, np.array([random.choice(each) for each in fit], dtype=int)))
     left, right = (np.concatenate(side) for side in zip(*columns, strict=True))
     return left, right, np.repeat([2, 1, 0], len(first))

@@ -26,7 +26,7 @@ from ...trainer import Encoder
 from ..networks import train
 from .corpus import Passage
 
-LENGTH = 64  # tokens that transformers read of a passage
+LENGTH = 48  # tokens that transformers read of a passage
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def word_vectors(passages: list[Passage], seed: int) -> Teacher:
     marginal = np.diag(together).copy()
     with np.errstate(divide="ignore"):
         information = np.log(together * len(passages) / np.outer(marginal, marginal))
-    vectors = TruncatedSVD(DIMS["word vectors"], random_state=seed).fit_transform(
+    vectors = TruncatedSVD(DIMS["vectors"], random_state=seed).fit_transform(
         np.maximum(information, 0)
     )
     weights = TfidfVectorizer(vocabulary=counts.vocabulary_).fit(_texts(passages))
@@ -126,11 +126,11 @@ def name_network(passages: list[Passage], seed: int) -> Teacher:
 FITTED: dict[str, Callable[[list[Passage], int], Teacher]] = {
     "LSA": latent_semantics,
     "letters": hashed_letters,
-    "word vectors": word_vectors,
+    "vectors": word_vectors,
     "topics": topics,
     "names": name_network,
 }
-DIMS = {"LSA": 128, "letters": 256, "word vectors": 96, "topics": 32, "names": 128}
+DIMS = {"LSA": 128, "letters": 256, "vectors": 96, "topics": 32, "names": 128}
 
 
 def _texts(passages: list[Passage]) -> list[str]:
