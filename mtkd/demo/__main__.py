@@ -1,4 +1,4 @@
-"""`python -m mtkd.demo`: distil eleven teachers of digits into one small student; `text` for text."""
+"""`python -m mtkd.demo [text]`: distil many teachers into one small student, compare losses."""
 
 from __future__ import annotations
 

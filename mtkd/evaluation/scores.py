@@ -86,11 +86,10 @@ def evaluate(
     asked: list[tuple[str, Callable[[], float]]] = []
     if classes is not None:
         part = columns[~test], classes[~test], columns[test], classes[test]
-        votes = {"neighbours": neighbours, "metric": "cosine"}
         asked += [
             ("linear", partial(linear_probe, *part)),
             ("logistic", partial(logistic_probe, *part)),
-            ("knn", partial(knn_probe, *part, **votes)),
+            ("knn", partial(knn_probe, *part, neighbours=neighbours, metric="cosine")),
             ("nmi", partial(kmeans_nmi, columns, classes, seed=seed)),
         ]
     if values is not None:

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ...evaluation import evaluate
 from ...evaluation.checks import Array
+from ...packing import split
 from ...teachers import TeacherStore, embed
 from ...trainer import DistillationTrainer, Encoder
 from ..report import TITLES, table, verdict
@@ -43,8 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     start = time.perf_counter()
-    folder = minilm_folder() if options.minilm is None else options.minilm
-    demonstration = Demonstration(options.out, folder, settings)
+    demonstration = Demonstration(options.out, options.encoder, settings)
     demonstration.embed_teachers()
     demonstration.distil()
     demonstration.export()
@@ -57,7 +57,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=defaults.seeds, help="default %(default)s")
     parser.add_argument("--epochs", type=int, default=defaults.epochs, help="default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("demo-text"), help="default %(default)s")
-    parser.add_argument("--minilm", type=Path, help="another sentence encoder's folder")
+    parser.add_argument("--encoder", type=Path, help="folder of another encoder than MiniLM")
     parser.add_argument("--quick", action="store_true", help="few texts and epochs: does it run?")
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.epochs < 2:
@@ -68,15 +68,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 class Demonstration:
     """The steps, in a folder: what is there already is not done again."""
 
-    def __init__(self, out: Path, folder: Path, settings: Settings) -> None:
-        self.out, self.folder, self.settings = out, folder, settings
-        self.tokenizer = load_tokenizer(folder)
+    def __init__(self, out: Path, encoder: Path | None, settings: Settings) -> None:
+        self.out, self.settings = out, settings
+        self.folder = minilm_folder() if encoder is None else encoder
+        self.encoder = "MiniLM" if encoder is None else encoder.name
+        self.tokenizer = load_tokenizer(self.folder)
         self.passages: list[Passage] = read_corpus(settings.passages, settings.subjects)
         self.texts = [passage.text for passage in self.passages]
         self.held_out = np.array([passage.held_out for passage in self.passages])
         self.store = TeacherStore.create(
             out / "teachers",
-            {"MiniLM": self._width(), **DIMS},
+            {self.encoder: self._width(), **DIMS},
             rows=len(self.texts),
             ids=self.texts,
             exist_ok=True,
@@ -95,7 +97,7 @@ class Demonstration:
             if bool(self.store.present(name).all()):
                 continue  # filled by an earlier run
             torch.manual_seed(0)
-            teacher = transformer(self.folder) if name == "MiniLM" else FITTED[name](known, 0)
+            teacher = transformer(self.folder) if name == self.encoder else FITTED[name](known, 0)
             # texts of like length together: less padding
             embed(
                 teacher.model,
@@ -106,8 +108,8 @@ class Demonstration:
                 collate_fn=teacher.collate,
             )
         packed, _ = self.store[:]
-        columns = dict(zip(self.store.names, packed.split(list(self.store.dims.values()), 1)))
-        for name, part in columns.items():
+        parts = split(packed, tuple(self.store.dims.values()))
+        for name, part in zip(self.store.names, parts, strict=True):
             self._score(name, part.numpy())
 
     def distil(self) -> None:
@@ -139,7 +141,7 @@ class Demonstration:
         return trainer
 
     def export(self) -> None:
-        """Export the first Gaussian student, and check that what others load is what was trained."""
+        """Export the first Gaussian student; check that what others load is what was trained."""
         assert self.trainer is not None
         path = str(self.out / "student")
         self.trainer.export_student(path)

@@ -32,7 +32,7 @@ from .teachers import LENGTH
 class Settings:
     """One fixed setting for every loss: none is tuned, so none is tuned better than another."""
 
-    passages: int = 150  # of each subject, at most
+    passages: int = 120  # of each subject, at most
     subjects: int | None = None  # None: all
     seeds: int = 1
     epochs: int = 10
@@ -65,7 +65,8 @@ def make_objective(loss: str, dims: Mapping[str, int], settings: Settings) -> nn
     mean = sum(dims.values()) / len(dims)
     hidden = matched_width(settings.width, mean, settings.hidden)
     heads = Projectors(settings.width, dims, hidden_features=hidden, depth=1, activation="relu")
-    return Objective(heads, **({"cosine": 0.0, "smooth_l1": 0.0} | {loss: 1.0}))
+    terms: dict[str, Any] = {"cosine": 0.0, "smooth_l1": 0.0, loss: 1.0}
+    return Objective(heads, **terms)
 
 
 def make_trainer(
@@ -92,6 +93,7 @@ def make_trainer(
         save_total_limit=1,
         logging_strategy="epoch",
         report_to="none",
+        disable_tqdm=False,
         use_cpu=True,
         seed=seed,
     )
@@ -128,10 +130,9 @@ class Bar(ProgressCallback):  # type: ignore[misc]
         self.name = name
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        """Open the bar where the run begins or is resumed."""
+        """Open the bar."""
         super().on_train_begin(args, state, control, **options)
         self.training_bar.set_description(self.name)
-        self.training_bar.update(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Print nothing: the log is in the trainer's state."""
@@ -153,8 +154,9 @@ class StopAt(TrainerCallback):  # type: ignore[misc]
 def encode(student: Encoder, tokenizer: Any, texts: list[str], batch: int = 256) -> Array:
     """Embeddings of texts by a student, ``(N, H)``; texts of like length together."""
     student.eval()
+    config: Any = student.model.config
     order = np.argsort([len(text) for text in texts], kind="stable")
-    embeddings = np.empty((len(texts), student.model.config.hidden_size), dtype=np.float32)
+    embeddings = np.empty((len(texts), config.hidden_size), dtype=np.float32)
     for start in range(0, len(texts), batch):
         some = order[start : start + batch]
         chosen = [texts[i] for i in some]
