@@ -29,6 +29,7 @@ WITH_EXAMPLES = [
     "README.md",
     "docs/evaluation.md",
     "docs/projectors.md",
+    "docs/teachers.md",
     "docs/weighting.md",
     *sorted(ROOT.glob("docs/losses/*.md")),
 ]

@@ -42,15 +42,11 @@ class Column:
             name: open_array(root, f"{teacher.name}/{name}", dtype, shape)
             for name, (dtype, shape) in teacher.files(rows).items()
         }
-        marks = self.arrays["present.npy"]
-        if marks.max() > 1:
-            path = self.folder / "present.npy"
-            raise ValueError(f"{path}: expected bytes 0 and 1, got {marks.max()}")
         with warnings.catch_warnings():
             # The tensors are read-only as the maps are: nothing here writes to them.
             warnings.simplefilter("ignore")
             self.values = as_tensor(teacher, self.arrays["values.npy"])
-            self.present = torch.from_numpy(marks)
+            self.present = torch.from_numpy(self.arrays["present.npy"])
             scales = self.arrays.get("scales.npy")
             self.scales: Tensor | None = None if scales is None else torch.from_numpy(scales)
 
@@ -110,15 +106,16 @@ class Column:
         return np.concatenate([np.zeros(0, np.int64), *found])
 
     def stored(self, rows: Array) -> Iterator[tuple[Array, dict[str, Array], Array]]:
-        """Some at a time, those of `rows` that are present: where, what is stored, is it whole."""
+        """Some at a time, those of `rows` that are marked: where, what is stored, is it whole."""
         names = ("values.npy", "scales.npy") if self.scales is not None else ("values.npy",)
         step = max(1, BLOCK // self.arrays["values.npy"].strides[0])
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
-            there = np.flatnonzero(self.arrays["present.npy"][part] == 1)
+            marks = self.arrays["present.npy"][part]
+            there = np.flatnonzero(marks)
             files = {name: self.arrays[name][part[there]] for name in names}
             good = checksums(files) == self.arrays["checksums.npy"][part[there]]
-            yield start + there, files, good
+            yield start + there, files, good & (marks[there] == 1)
 
 
 def checksums(files: dict[str, Array]) -> Array:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .encoding import check_values
 from .reading import as_rows
 from .store import TeacherStore
 
@@ -25,6 +27,7 @@ def embed(
     device: torch.device | str | None = None,
     rank: int | None = None,
     world_size: int | None = None,
+    write_every: int = 8,
     num_workers: int = 0,
     progress: bool = True,
 ) -> int:
@@ -44,8 +47,10 @@ def embed(
         rank: which share of the batches this process takes; None asks torch.distributed, if
             initialised.
         world_size: the number of shares; likewise.
+        write_every: batches that are written together: a process that is killed has computed at
+            most these in vain. Each time costs a few waits for the disk.
         num_workers: processes that load items, as in `DataLoader`.
-        progress: whether to show a bar of rows; needs tqdm.
+        progress: whether the first process shows a bar of its rows; needs tqdm.
 
     Returns:
         The number of rows that this process has written.
@@ -59,7 +64,7 @@ def embed(
         Batches are cut by position, whatever is there already: a run that was killed and started
         again, and one shared out to other numbers of processes, calls the model on the same
         batches and stores the same bits. A batch that is there in part is computed again, and only
-        its absent rows are written. Each batch is on the disk before the next is computed.
+        its absent rows are written.
 
     Example:
         >>> import tempfile, torch
@@ -73,8 +78,11 @@ def embed(
         >>> written, again, targets.shape, mask.all().item()
         (100, 0, torch.Size([2, 8]), True)
     """
+    if write_every < 1:
+        raise ValueError(f"write_every: expected a positive number, got {write_every}")
     numbers = _rows_of(dataset, store, rows)
-    batches = _batches(len(numbers), batch_size, *_share(rank, world_size))
+    rank, world_size = _share(rank, world_size)
+    batches = _batches(len(numbers), batch_size, rank, world_size)
     present = store.present(teacher)[numbers]
     missing = [batch for batch in batches if not present[batch.start : batch.stop].all()]
     sampler: Any = missing
@@ -82,15 +90,20 @@ def embed(
         dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=num_workers
     )
     total, left, written = sum(map(len, batches)), sum(map(len, missing)), 0
-    bar = _progress(progress, teacher, total, total - left)
+    bar = _progress(progress and rank == 0, teacher, total, total - left)
     with _evaluation(model), torch.no_grad(), bar as advance:
-        for positions, batch in zip(missing, loader, strict=True):
-            batch = batch if device is None else to_device(batch, device)
-            output = model(batch)
-            values = output if pooling is None else pooling(output, batch)
-            chosen = numbers[positions.start : positions.stop]
-            written += store.append(teacher, values, chosen, present="keep")
-            advance(len(positions))
+        pairs = zip(missing, loader, strict=True)
+        while group := list(islice(pairs, write_every)):
+            values = []
+            for positions, batch in group:
+                batch = batch if device is None else to_device(batch, device)
+                output = model(batch)
+                output = output if pooling is None else pooling(output, batch)
+                shape = (len(positions), store.dims[teacher])
+                values.append(check_values(teacher, output, shape))
+                advance(len(positions))
+            chosen = numbers[list(chain.from_iterable(positions for positions, _ in group))]
+            written += store.append(teacher, torch.cat(values), chosen, present="keep")
     return written
 
 

@@ -18,10 +18,7 @@ def encode(teacher: Teacher, values: Any, rows: Array) -> dict[str, Array]:
 
     The largest magnitude of an int8 row is 127 steps of its scale.
     """
-    tensor = _as_tensor(teacher, values)
-    if tensor.shape != (len(rows), teacher.dim):
-        expected, got = (len(rows), teacher.dim), tuple(tensor.shape)
-        raise ValueError(f"{teacher.name}: expected values of shape {expected}, got shape {got}")
+    tensor = check_values(teacher.name, values, (len(rows), teacher.dim))
     _check_finite(teacher, tensor, rows, "finite numbers", "NaN or infinity")
     if teacher.dtype == "int8":
         scales = tensor.abs().amax(1).float() / 127
@@ -46,16 +43,17 @@ def as_tensor(teacher: Teacher, values: Array) -> Tensor:
     return torch.from_numpy(values)
 
 
-def _as_tensor(teacher: Teacher, values: Any) -> Tensor:
+def check_values(name: str, values: Any, shape: tuple[int, int]) -> Tensor:
+    """Return embeddings as a tensor on the CPU, if they are floating point and of that shape."""
     if not isinstance(values, (Tensor, np.ndarray)):
         kind = type(values).__name__
-        raise TypeError(f"{teacher.name}: expected values in a tensor or an array, got {kind}")
-    if isinstance(values, np.ndarray) and values.dtype.kind != "f":
-        raise TypeError(f"{teacher.name}: expected floating-point values, got {values.dtype}")
-    tensor = values.detach().cpu() if isinstance(values, Tensor) else torch.tensor(values)
-    if not tensor.dtype.is_floating_point:
-        raise TypeError(f"{teacher.name}: expected floating-point values, got {tensor.dtype}")
-    return tensor
+        raise TypeError(f"{name}: expected values in a tensor or an array, got {kind}")
+    if not (values.is_floating_point() if isinstance(values, Tensor) else values.dtype.kind == "f"):
+        raise TypeError(f"{name}: expected floating-point values, got {values.dtype}")
+    if tuple(values.shape) != shape:
+        got = tuple(values.shape)
+        raise ValueError(f"{name}: expected values of shape {shape}, got shape {got}")
+    return values.detach().cpu() if isinstance(values, Tensor) else torch.tensor(values)
 
 
 def _check_finite(teacher: Teacher, tensor: Tensor, rows: Array, expected: str, got: str) -> None:

@@ -53,6 +53,8 @@ def from_arrays(
         ...     print(store.dims, len(store))
         {'minilm': 4} 6
     """
+    if not arrays:
+        raise ValueError("arrays: expected at least one teacher, got none")
     opened = {name: _open(name, array) for name, array in arrays.items()}
     counts = {name: len(array) for name, array in opened.items()}
     if len(set(counts.values())) != 1:
@@ -164,7 +166,10 @@ def to_dataset(store: TeacherStore, dataset: Any = None) -> Any:
 
 def _open(name: str, array: Any) -> Any:
     if isinstance(array, (str, os.PathLike)):
-        array = np.load(Path(array), mmap_mode="r", allow_pickle=False)
+        try:
+            array = np.load(path := Path(array), mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{name}: expected a plain .npy file, got {path}: {error}") from None
     if not isinstance(array, (Tensor, np.ndarray)):
         kind = type(array).__name__
         raise TypeError(f"{name}: expected an array, a tensor or the path of a file, got {kind}")

@@ -65,15 +65,16 @@ def empty(
 def gather(columns: Sequence[Column], rows: Tensor, targets: Tensor, mask: Tensor) -> None:
     """Fill targets and mask; each teacher has a file, hence one copy of its rows a teacher."""
     ends = offsets([column.teacher.dim for column in columns])
-    for t, column in enumerate(columns):
-        # Presence first: what is present by then is whole.
+    for t, column in enumerate(columns):  # presence first: what is present by then is whole
         torch.eq(column.present[rows], 1, out=mask[:, t])
+    whole = bool(mask.all())
+    for t, column in enumerate(columns):
         part = targets[:, ends[t] : ends[t + 1]]
         if part.dtype == column.values.dtype:
             torch.index_select(column.values, 0, rows, out=part)
         else:
             _convert(column, rows, part)
-        if not mask[:, t].all():
+        if not whole:
             part.masked_fill_(~mask[:, t, None], 0)
 
 

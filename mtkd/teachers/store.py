@@ -36,8 +36,8 @@ class TeacherStore:
             name, size or link is followed before it is checked. `verify` reads the rows too.
 
     Note:
-        Opening reads one byte a row and teacher. A teacher's file is mapped, not loaded: rows that
-        were read before come from the system's cache. Stores can be sent to other processes, such
+        Files are mapped, not loaded: opening reads their headers, and rows that were read before
+        come from the system's cache. Stores can be sent to other processes, such
         as a loader's workers, which map the folder themselves.
 
     Example:
@@ -196,6 +196,11 @@ class TeacherStore:
         """The revision of each teacher's model, where one was given."""
         return {column.teacher.name: column.teacher.revision for column in self._columns}
 
+    @property
+    def ids(self) -> str | None:
+        """The hash of the rows' ids, see `hash_ids`; None if none were given, or of a view."""
+        return self._index.ids if self._chosen is None else None
+
     def __len__(self) -> int:
         return self._index.rows if self._chosen is None else len(self._chosen)
 
@@ -235,9 +240,8 @@ class TeacherStore:
         if out is None:
             teachers = [column.teacher for column in self._columns]
             out = empty(len(numbers), teachers, self.dtype, pinned)
-        elif any(len(tensor) != len(numbers) for tensor in out):
-            shapes = [tuple(tensor.shape) for tensor in out]
-            raise ValueError(f"out: expected {len(numbers)} rows, got shapes {shapes}")
+        else:
+            self._check_out(len(numbers), *out)
         gather(self._columns, numbers, *out)
         if device is None:
             return out
@@ -309,10 +313,18 @@ class TeacherStore:
         _check_known(teacher, self.names)
         return self._columns[self.names.index(teacher)]
 
+    def _check_out(self, rows: int, targets: Tensor, mask: Tensor) -> None:
+        def say(shapes: Any) -> str:
+            return "targets {} in {} and mask {} in {}".format(*shapes)
+
+        wanted = ((rows, sum(self.dims.values())), self.dtype, (rows, len(self.names)), torch.bool)
+        got = (tuple(targets.shape), targets.dtype, tuple(mask.shape), mask.dtype)
+        if got != wanted:
+            raise ValueError(f"out: expected {say(wanted)}, got {say(got)}")
+
     def _narrowed(self) -> Index:
-        """The index of what this view shows; ids are those of all rows."""
-        ids = self._index.ids if self._chosen is None else None
-        return Index(len(self), tuple(column.teacher for column in self._columns), ids)
+        """The index of what this view shows."""
+        return Index(len(self), tuple(column.teacher for column in self._columns), self.ids)
 
     def _rows(self, rows: Any) -> Tensor:
         """Rows of the folder, on the CPU."""
