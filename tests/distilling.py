@@ -1,4 +1,4 @@
-"""What tests of the trainer share: a store in memory, small students, data, a run that is killed."""
+"""What tests of the trainer share: a store in memory, students, data, a run to be killed."""
 
 import multiprocessing
 import sys
@@ -50,8 +50,8 @@ def texts(rows=64):
 
 def network(dtype=torch.float32, dropout=0.0):
     """A student of vectors."""
-    layers = (nn.Linear(8, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Dropout(dropout))
     torch.manual_seed(4)
+    layers = (nn.Linear(8, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Dropout(dropout))
     model = nn.Sequential(*(layers if dropout else (layers[0], layers[2])), nn.Linear(7, WIDTH))
     return Encoder(model.to(dtype), inputs=("x",))
 
@@ -135,10 +135,16 @@ def run(folder, steps=None):
     trainer.save_model(str(Path(folder, "end")))
 
 
-def start(folder):
-    """Start `run` in a process of its own, which has transformers imported already."""
+def processes():
+    """A way to start processes that have transformers imported already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mtkd.trainer", "transformers.models.bert.modeling_bert"])
+    return context
+
+
+def start(folder):
+    """Start `run` in a process of its own; return it and the number of steps that it has done."""
+    context = processes()
     steps = context.Value("i", 0)
     process = context.Process(target=run, args=(str(folder), steps))
     process.start()

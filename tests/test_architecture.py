@@ -13,7 +13,7 @@ ROOT = Path(mtkd.__file__).parent
 ALLOWED = {
     "demo": {"nn", "functional", "packing", "evaluation", "teachers", "trainer"},
     "evaluation": {"packing"},
-    "trainer": {"nn", "functional", "reduction", "information"},
+    "trainer": {"nn", "reduction", "information"},
     "teachers": {"packing"},
     "nn": {"functional", "packing", "reduction", "reference"},
     "functional": {"packing", "reduction", "linear", "ops", "reference"},

@@ -30,13 +30,15 @@ WITH_EXAMPLES = [
     "docs/evaluation.md",
     "docs/projectors.md",
     "docs/teachers.md",
+    "docs/training.md",
     "docs/weighting.md",
     *sorted(ROOT.glob("docs/losses/*.md")),
 ]
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: Path(page).name)
-def test_python_examples_run(page):
+def test_python_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL):
         exec(compile(code, page, "exec"), {})
 

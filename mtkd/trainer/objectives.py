@@ -19,7 +19,8 @@ class Objective(nn.Module):
         loss: a module of `mtkd.nn` (`GaussianHeads`, `Projectors`); a loss of `mtkd.functional`
             with its settings, such as ``functools.partial(F.mse, dims=dims)``; or any module or
             function (student, targets, mask) -> matrix ``(N, T)``. A loss that has an argument
-            `reduction` is called with ``mask=mask, reduction="none"``.
+            `reduction`, or options but no `mask`, is called with
+            ``mask=mask, reduction="none"``.
         coefficient: what the loss is multiplied by in a sum of several.
         weight: weights of the teachers ``(T,)``; or a callable (detached matrix, mask) -> weights,
             such as those of `mtkd.weighting`, for training alone: evaluation weighs all the same.
@@ -72,7 +73,7 @@ class Objective(nn.Module):
         else:
             self.weight = weight
         call = getattr(loss, "alignment", loss)  # projectors return predictions when called
-        self.reduces = call is not loss or "reduction" in _parameters(loss)
+        self.reduces = call is not loss or _reduces(loss)
 
     @property
     def teachers(self) -> Teachers | None:
@@ -125,9 +126,12 @@ def as_objectives(objective: Any) -> dict[str, Objective]:
     }
 
 
-def _parameters(loss: Any) -> Mapping[str, Any]:
+def _reduces(loss: Any) -> bool:
+    """Whether a loss takes `mask` and `reduction` as those of mtkd do, maybe among its options."""
     call = loss.forward if isinstance(loss, nn.Module) else loss
-    return inspect.signature(call).parameters
+    parameters = inspect.signature(call).parameters
+    options = any(each.kind == inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    return "reduction" in parameters or (options and "mask" not in parameters)
 
 
 def _kind(argument: Any) -> str:

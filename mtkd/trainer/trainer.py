@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import find_batch_size
 
 from ..information import information_gain
 from ..nn import TeacherNorm
@@ -80,8 +81,6 @@ class DistillationTrainer(CheckpointTrainer):
         2
     """
 
-    loss_is_scaled_for_ga = True
-
     def __init__(
         self,
         student: nn.Module,
@@ -127,9 +126,10 @@ class DistillationTrainer(CheckpointTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """Collect the micro-batches of a step."""
-        self._micro, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._micro, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._parts = []
-        return self._micro, items
+        # that there is a number tells the Trainer that the loss is divided already
+        return self._micro, sum(find_batch_size(batch) or 0 for batch in self._micro)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None

@@ -145,7 +145,8 @@ class Demonstration:
         assert self.trainer is not None
         path = str(self.out / "student")
         self.trainer.export_student(path)
-        student = Encoder(AutoModel.from_pretrained(path), pooling="mean")
+        model = AutoModel.from_pretrained(path, add_pooling_layer=False)
+        student = Encoder(model, pooling="mean")
         tokenizer = AutoTokenizer.from_pretrained(path)
         texts = [t for t, held in zip(self.texts, self.held_out, strict=True) if held][:64]
         there = encode(student, tokenizer, texts)

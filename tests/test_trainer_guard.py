@@ -1,0 +1,253 @@
+"""Steps that are not finite leave no trace; mistakes raise one clear error before any step."""
+
+import json
+import logging
+
+import pytest
+import torch
+from distilling import DIMS, WIDTH, Store, arguments, bert, gaussian, network, texts, vectors
+from torch import nn
+from transformers import TrainerCallback
+
+from mtkd.nn import Projectors, TeacherNorm
+from mtkd.trainer import DistillationTrainer, Encoder, NonFiniteError, Objective, TeacherModels
+
+
+class Watch(TrainerCallback):
+    """Keeps weights, statistics and the optimizer's state after each step."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **_):
+        tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        moments = enumerate(optimizer.state_dict()["state"].values())
+        tensors |= {f"{i}.{k}": v.clone() for i, each in moments for k, v in each.items()}
+        self.states.append(tensors)
+
+
+def spoilt(rows, kind):
+    """Data and store of 64 rows, some of whose inputs or targets are no numbers."""
+    data, store = vectors(), Store(missing=0.0)
+    for row in rows:
+        if kind == "input":
+            data[row]["x"] = torch.full((8,), torch.nan)
+        else:
+            store.packed[row, 4] = torch.inf
+    return data, store
+
+
+def student():
+    """With statistics of its own, that a bad row would spoil for good."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(8, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, WIDTH))
+    return Encoder(nn.Sequential(*layers), inputs=("x",))
+
+
+def guarded(folder, data, store, **options):
+    watch = Watch()
+    most = options.pop("max_skipped", 10)
+    once = options.pop("heads_once", False)
+    trainer = DistillationTrainer(
+        student(), gaussian(), store, arguments(folder, weight_decay=0.1, **options),
+        train_dataset=data, norm=TeacherNorm(DIMS), callbacks=[watch], max_skipped=most,
+        heads_once=once,
+    )  # fmt: skip
+    return trainer, watch
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        ("target", "17, 30"),
+        # batch normalisation spreads a bad input to all rows
+        ("input", "16, 17, 18, 19, 20, 21, 22, 23, 24, 25, ..."),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"heads_once": True}, {"max_grad_norm": 0.0}])
+def test_a_bad_step_leaves_no_trace_and_is_named(tmp_path, caplog, kind, rows, options):
+    data, store = spoilt([17, 30], kind)
+    trainer, watch = guarded(
+        tmp_path, data, store, max_steps=4, gradient_accumulation_steps=2, **options
+    )
+    with caplog.at_level(logging.WARNING, "mtkd"):
+        trainer.train()
+    assert trainer.guard.skipped == 1
+    message = f"step 1: the loss is not finite, rows {rows}; the step is skipped, 1 so far"
+    assert [record.getMessage() for record in caplog.records] == [message]
+    assert watch.states[1].keys() == watch.states[0].keys()
+    torch.testing.assert_close(watch.states[1], watch.states[0], rtol=0, atol=0)
+    assert not torch.equal(*(s["student.model.0.weight"] for s in watch.states[1:3]))
+    assert all(bool(tensor.isfinite().all()) for tensor in watch.states[3].values())
+    logs = trainer.state.log_history
+    assert [log.get("skipped") for log in logs[:4]] == [None, 1, 1, 1]
+    assert ["loss/cnn" in log for log in logs[:4]] == [True, False, True, True]
+
+
+def test_a_masked_target_spoils_nothing(tmp_path):
+    data, store = spoilt([17, 30], "target")
+    store.mask[[17, 30], 1] = False
+    trainer, _ = guarded(tmp_path, data, store, max_steps=4)
+    trainer.train()
+    assert trainer.guard.skipped == 0
+
+
+def test_a_bad_gradient_of_a_good_loss_is_skipped_too(tmp_path, caplog):
+    data, store = vectors(), Store()
+    trainer, watch = guarded(tmp_path, data, store, max_steps=2)
+    weight = trainer.student.model[0].weight
+    steps = iter((1.0, torch.nan))
+    weight.register_hook(lambda gradient: gradient * next(steps))
+    with caplog.at_level(logging.WARNING, "mtkd"):
+        trainer.train()
+    torch.testing.assert_close(watch.states[1], watch.states[0], rtol=0, atol=0)
+    expected = "step 1: the gradient is not finite, rows 8, 9, 10, 11, 12, 13, 14, 15; "
+    assert caplog.records[0].getMessage().startswith(expected)
+
+
+def test_too_many_bad_steps_stop_the_run(tmp_path):
+    data, store = spoilt(range(8, 64), "input")
+    trainer, _ = guarded(tmp_path, data, store, max_steps=8, max_skipped=2)
+    with pytest.raises(NonFiniteError, match=r"step 3: .* rows 24, .*; 3 steps were skipped"):
+        trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_the_count_outlives_the_run(tmp_path):
+    data, store = spoilt([9], "input")
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3}
+    guarded(tmp_path, data, store, **options)[0].train()
+    state = json.loads((tmp_path / "checkpoint-3" / "distillation.json").read_text())
+    assert state == {"skipped": 1}
+    resumed, _ = guarded(tmp_path, data, store, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.guard.skipped == 1
+
+
+def test_a_batch_without_row_numbers_counts_from_its_first(tmp_path, caplog):
+    data = [{"x": sample["x"]} for sample in spoilt([10], "input")[0]]
+    teacher = TeacherModels({"one": Encoder(nn.Linear(8, 8), inputs=("x",))}, dtype=None)
+    trainer = DistillationTrainer(
+        network(), Projectors(WIDTH, {"one": 8}), teacher, arguments(tmp_path, max_steps=2),
+        train_dataset=data,
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, "mtkd"):
+        trainer.train()
+    assert "rows 2;" in caplog.records[0].getMessage()
+
+
+# Mistakes.
+
+
+def scalar(student, targets, mask):
+    return student.mean()
+
+
+def without_row():
+    return [{"x": sample["x"]} for sample in vectors()]
+
+
+class Sums(nn.Module):
+    def forward(self, x):
+        return x.sum()
+
+
+class Bare(nn.Module):
+    def forward(self, x):
+        return {"hidden": x}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": scalar}, r"objective: .* \(N, T\) = \(8, 2\) .* got shape \(\)"),
+        ({"student": Encoder(Sums())}, r"student: expected embeddings \(N, H\), N = 8, got \(\)"),
+        ({"student": Encoder(Bare())}, "student: expected an embedding from Bare .*got dict"),
+        ({"student": Encoder(nn.Linear(8, 3), inputs=("x",))}, r"student: expected shape \(8, 6\)"),
+        ({"student": nn.Linear(8, 6)}, "batch: expected key input for Linear, got x, row; inputs="),
+        ({"data": without_row()}, "batch: expected key 'row', each sample's row in the store"),
+        ({"data": [s | {"row": 0.5} for s in vectors()]}, r"batch\['row'\]: expected int64"),
+        ({"targets": lambda batch: (torch.ones(8, 7), None)}, "targets: .* got 7 columns"),
+        ({"targets": lambda batch: (torch.ones(8), None)}, r"targets: .*\(N, D\), got .*\(8,\)"),
+        (
+            {"targets": lambda batch: (torch.ones(8, 8), torch.ones(8, 2))},
+            r"targets: expected a mask of bool \(8, 2\), got torch.float32",
+        ),
+    ],
+)
+def test_mistakes_raise_before_the_first_step(tmp_path, changes, message):
+    given = {"student": network(), "objective": gaussian(), "targets": Store(), "data": vectors()}
+    given |= changes
+    args = arguments(tmp_path, max_steps=1, remove_unused_columns=False)
+    trainer = DistillationTrainer(
+        given["student"], given["objective"], given["targets"], args, train_dataset=given["data"]
+    )
+    before = [p.clone() for p in trainer.distillation.parameters()]
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    torch.testing.assert_close(list(trainer.distillation.parameters()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"objective": Projectors(WIDTH, (3, 4))}, ValueError, r"objective loss: .* got \(3, 4\)"),
+        (
+            {"objective": Projectors(WIDTH, {"pca": 3, "cnn": 5})},
+            ValueError,
+            "objective loss: expected the teachers of targets in their order, .*'pca': 3, 'cnn'",
+        ),
+        ({"norm": TeacherNorm((8,))}, ValueError, r"norm: .* got \(8,\)"),
+        (
+            {"targets": lambda batch: None, "objective": lambda *_: None},
+            ValueError,
+            "dims: expected a mapping from each teacher's name",
+        ),
+        ({"targets": 3}, TypeError, "targets: expected a store or a callable of a batch, got int"),
+        ({"objective": 3}, TypeError, "objective: expected a module or a callable, got int"),
+        ({"objective": {}}, ValueError, "objective: expected at least one, got an empty mapping"),
+        ({"student": 3}, TypeError, "student: expected a torch.nn.Module or an Encoder, got int"),
+        ({"max_skipped": -1}, ValueError, "max_skipped: expected an integer, 0 or more, got -1"),
+    ],
+)
+def test_what_does_not_fit_is_told_at_once(tmp_path, options, error, message):
+    given = {"student": network(), "objective": gaussian(), "targets": Store()} | options
+    with pytest.raises(error, match=message):
+        DistillationTrainer(**given, args=arguments(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Encoder(bert(), "max"), ValueError, "pooling: expected None or one of cls, last"),
+        (lambda: Encoder(3), TypeError, "model: expected a torch.nn.Module, got int"),
+        (lambda: Encoder(bert(), inputs="x"), TypeError, "inputs: expected a sequence of keys"),
+        (lambda: TeacherModels({}), ValueError, "models: expected at least one teacher"),
+        (lambda: Objective(gaussian(), weight=torch.ones(2, 2)), ValueError, "weight: .*(T,)"),
+        (
+            lambda: Encoder(nn.Linear(8, 6), "mean", inputs=("x",))({"x": torch.ones(3, 8)}),
+            ValueError,
+            r"student: expected tokens \(N, L, H\) to pool, got shape \(3, 6\)",
+        ),
+        (
+            lambda: TeacherModels({"a": Encoder(nn.Linear(8, 6), inputs=("x",))})({"x": _tokens()}),
+            ValueError,
+            r"teacher a: expected embeddings \(N, D\), got shape \(3, 4, 6\)",
+        ),
+    ],
+)
+def test_parts_refuse_what_they_cannot_use(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def _tokens():
+    return torch.ones(3, 4, 8)
+
+
+def test_a_hugging_face_model_needs_a_pooling(tmp_path):
+    trainer = DistillationTrainer(
+        bert(), gaussian(), Store(), arguments(tmp_path, max_steps=1), train_dataset=texts()
+    )
+    with pytest.raises(ValueError, match="pooling may be cls, last, mean, pooler"):
+        trainer.train()
