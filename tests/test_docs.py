@@ -28,6 +28,7 @@ def test_links_lead_somewhere(page):
 WITH_EXAMPLES = [
     "README.md",
     "docs/evaluation.md",
+    "docs/tutorial-text.md",
     "docs/projectors.md",
     "docs/teachers.md",
     "docs/training.md",

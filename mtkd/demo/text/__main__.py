@@ -138,6 +138,11 @@ class Demonstration:
             print(f"stopped after step {step}; a new trainer goes on from its checkpoint")
         trainer = fresh()
         train_or_resume(trainer)
+        if loss == LOSSES[0]:
+            logs = [log for log in trainer.state.log_history if "loss" in log][-1]
+            told = {k.split("/")[1]: v for k, v in logs.items() if k.startswith("information/")}
+            told_text = ", ".join(f"{name} {nats:.2f}" for name, nats in told.items())
+            print(f"nats per dimension that the student tells of its teachers: {told_text}")
         return trainer
 
     def export(self) -> None:
