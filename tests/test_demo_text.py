@@ -188,3 +188,7 @@ def test_quick_run_writes_everything_and_goes_on_where_it_was(
     again = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert again["scores"] == results["scores"]
     assert "stopped" not in capsys.readouterr().out
+
+    # other settings in the same folder would mix two runs
+    with pytest.raises(ValueError, match="--out: expected a new folder or one made with"):
+        main([arg for arg in arguments if arg != "--quick"])

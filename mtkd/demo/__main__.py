@@ -44,7 +44,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m mtkd.demo", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m mtkd.demo",
+        description=__doc__,
+        epilog="python -m mtkd.demo text: six teachers of text, and a small transformer",
+    )
     defaults = Settings()
     parser.add_argument("--seeds", type=int, default=defaults.seeds, help="default %(default)s")
     parser.add_argument("--epochs", type=int, default=defaults.epochs, help="default %(default)s")

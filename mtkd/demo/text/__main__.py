@@ -70,6 +70,7 @@ class Demonstration:
 
     def __init__(self, out: Path, encoder: Path | None, settings: Settings) -> None:
         self.out, self.settings = out, settings
+        _keep_settings(out / "settings.json", settings)
         self.folder = minilm_folder() if encoder is None else encoder
         self.encoder = "MiniLM" if encoder is None else encoder.name
         self.tokenizer = load_tokenizer(self.folder)
@@ -205,6 +206,17 @@ class Demonstration:
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         shown = table(scores, self.store.dims, self.settings.width, PROBES)
         return f"\n{shown}\n\n{words}\n\n{seconds:.0f} s; the student is in {self.out / 'student'}"
+
+
+def _keep_settings(path: Path, settings: Settings) -> None:
+    """Write what a folder was made with; refuse to go on in it with anything else but seeds."""
+    ours = {key: value for key, value in asdict(settings).items() if key != "seeds"}
+    if path.exists():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        if theirs != ours:
+            raise ValueError(f"--out: expected a new folder or one made with {ours}, got {theirs}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(ours) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
