@@ -22,13 +22,16 @@ SOURCES := $(wildcard csrc csrc/* csrc/*/*)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help demo test interpreted compile-check bench lint format docs clean distclean
+.PHONY: help demo demo-text test interpreted compile-check bench lint format docs clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.extra-demo $(EXTENSION_STAMP) ## Distil eleven real teachers into a small student
 	@$(RUN) -m mtkd.demo $(ARGS)
+
+demo-text: $(VENV)/.extra-text $(EXTENSION_STAMP) ## Distil MiniLM and five fitted teachers of text
+	@$(RUN) -m mtkd.demo text $(ARGS)
 
 test: interpreted $(VENV)/.extra-test $(EXTENSION_STAMP) ## Run every test; warnings are errors
 	@$(RUN) -m pytest $(ARGS)

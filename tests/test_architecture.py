@@ -13,7 +13,8 @@ ROOT = Path(mtkd.__file__).parent
 ALLOWED = {
     "integrations": {"distributed", "nn", "packing", "reduction"},
     "distributed": {"nn", "functional", "packing", "reduction"},
-    "demo": {"nn", "functional", "packing"},
+    "demo": {"nn", "functional", "packing", "evaluation", "teachers", "trainer"},
+    "evaluation": {"packing"},
     "trainer": {"nn", "reduction", "information"},
     "teachers": {"packing"},
     "nn": {"functional", "packing", "reduction", "reference"},

@@ -27,6 +27,8 @@ def test_links_lead_somewhere(page):
 
 WITH_EXAMPLES = [
     "README.md",
+    "docs/evaluation.md",
+    "docs/tutorial-text.md",
     "docs/projectors.md",
     "docs/teachers.md",
     "docs/training.md",

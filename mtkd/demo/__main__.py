@@ -1,9 +1,10 @@
-"""`python -m mtkd.demo`: distil eleven teachers into one small student and compare the losses."""
+"""`python -m mtkd.demo [text]`: distil many teachers into one small student, compare losses."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +19,11 @@ from .report import collect, draw, table, verdict, write_json
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the demonstration and write its results."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["text"]:
+        from .text.__main__ import main as main_text  # needs transformers, which digits do not
+
+        return main_text(arguments[1:])
     options = _parse(arguments)
     settings = replace(Settings(), seeds=options.seeds, epochs=options.epochs)
     if options.quick:
@@ -38,7 +44,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m mtkd.demo", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m mtkd.demo",
+        description=__doc__,
+        epilog="python -m mtkd.demo text: six teachers of text, and a small transformer",
+    )
     defaults = Settings()
     parser.add_argument("--seeds", type=int, default=defaults.seeds, help="default %(default)s")
     parser.add_argument("--epochs", type=int, default=defaults.epochs, help="default %(default)s")

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.cluster import KMeans
-from sklearn.linear_model import LogisticRegression, RidgeCV
-from sklearn.metrics import normalized_mutual_info_score
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.preprocessing import StandardScaler
 
+from ..evaluation import kmeans_nmi, knn_probe, logistic_probe, ridge_probe, standardise
 from .teachers import Array
 
 PROBES = {
@@ -49,15 +45,11 @@ def probe(
     Returns:
         One score for each entry of `PROBES`; higher is better.
     """
-    scaler = StandardScaler().fit(train)
-    train, test = scaler.transform(train), scaler.transform(test)
-    linear = LogisticRegression(C=0.1, max_iter=5000).fit(train, labels[0])
-    neighbours = KNeighborsClassifier(5).fit(train, labels[0])
-    clusters = KMeans(10, n_init=10, random_state=seed).fit_predict(test)
-    ridge = RidgeCV(np.logspace(-2, 3, 6)).fit(train, shapes[0])
+    train, test = standardise(train, test)
+    classes = train, labels[0], test, labels[1]
     return {
-        "linear": float(linear.score(test, labels[1])),
-        "knn": float(neighbours.score(test, labels[1])),
-        "nmi": float(normalized_mutual_info_score(labels[1], clusters)),
-        "shape": float(ridge.score(test, shapes[1])),
+        "linear": logistic_probe(*classes, inverse_penalty=0.1),
+        "knn": knn_probe(*classes),
+        "nmi": kmeans_nmi(test, labels[1], clusters=10, seed=seed),
+        "shape": ridge_probe(train, shapes[0], test, shapes[1]),
     }

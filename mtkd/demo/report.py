@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,50 +44,56 @@ def shown(values: Array) -> str:
     return f"{values.mean():.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
 
-def table(scores: dict[str, dict[str, Array]], dims: dict[str, int], width: int) -> str:
+def table(
+    scores: dict[str, dict[str, Array]],
+    dims: dict[str, int],
+    width: int,
+    probes: Mapping[str, str] = PROBES,
+) -> str:
     """Rows of `mean ± deviation`; `*` marks the best teacher and the best loss of each column."""
     best = {
         (max(group, key=lambda name: scores[name][key].mean()), key)
-        for group in (list(TEACHERS), list(LOSSES))
-        for key in PROBES
+        for group in (list(dims), list(LOSSES))
+        for key in probes
     }
-    lines = [f"{'':28}{'width':>5}  " + "".join(f"{key:>16} " for key in PROBES)]
+    lines = [f"{'':28}{'width':>5}  " + "".join(f"{key:>16} " for key in probes)]
     for name, row in scores.items():
-        cells = [shown(row[key]) + ("*" if (name, key) in best else " ") for key in PROBES]
+        cells = [shown(row[key]) + ("*" if (name, key) in best else " ") for key in probes]
         title = TITLES.get(name, f"teacher, {name}")
         lines.append(f"{title:28}{dims.get(name, width):>5}  " + "".join(f"{c:>17}" for c in cells))
-        if name == list(TEACHERS)[-1]:
+        if name == list(dims)[-1]:
             lines.append("-" * len(lines[0]))
-    legend = [f"{key}: {text}" for key, text in PROBES.items()]
+    legend = [f"{key}: {text}" for key, text in probes.items()]
     return "\n".join([*lines, "; ".join(legend), "* best teacher, best loss; higher is better"])
 
 
-def verdict(scores: dict[str, dict[str, Array]]) -> str:
+def verdict(scores: dict[str, dict[str, Array]], probes: Mapping[str, str] = PROBES) -> str:
     """Where the Gaussian loss is ahead of the others and where behind, by paired differences.
 
     Every difference is listed by its sign, so that no loss hides behind a threshold; "clear" marks
     those beyond two standard errors over seeds. One seed has no standard error, and none is clear.
     """
     ours = scores["gaussian"]
+    teachers = [name for name in scores if name not in TITLES]
     words: dict[str, list[str]] = {"ahead": [], "behind": [], "equal": []}
-    for key in PROBES:
+    for key in probes:
         for other in LOSSES[1:]:
             gap = ours[key] - scores[other][key]
             side = "ahead" if gap.mean() > 0 else "behind" if gap.mean() < 0 else "equal"
             words[side].append(f"{key} against {other} ({_difference(gap)})")
-    seeds = len(ours["linear"])
+    seeds = len(next(iter(ours.values())))
     rule = "one seed, so none of this is evidence yet"
     if seeds > 1:
         rule = f"mean of {seeds} paired seeds ± standard error; clear: beyond two of them"
     passed = [
-        f"{sum(ours[key].mean() > scores[name][key].mean() for name in TEACHERS)} on {key}"
-        for key in PROBES
+        f"{sum(ours[key].mean() > scores[name][key].mean() for name in teachers)} on {key}"
+        for key in probes
     ]
     lines = [f"  {word} on {', '.join(items) or 'nothing'}" for word, items in words.items()]
     return (
         f"The Gaussian loss ({rule}) is\n"
         + ";\n".join(lines)
-        + f".\nOf {len(TEACHERS)} teachers its student passes {', '.join(passed)}."
+        + f".\nOf {len(teachers)} teachers its student passes {', '.join(passed)}."
     )
 
 

@@ -19,7 +19,7 @@ def student(width: int = 32) -> nn.Sequential:
     return encoder(8, width)
 
 
-def matched_width(in_features: int, dim: int, hidden: int) -> int:
+def matched_width(in_features: int, dim: float, hidden: int) -> int:
     """Hidden width that gives a point head the parameters of a Gaussian head of width `hidden`.
 
     A Gaussian head ends in 2 `dim` outputs and a point head in `dim`, so that one gets more units.
