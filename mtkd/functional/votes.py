@@ -88,8 +88,8 @@ def majority_vote(
         >>> import mtkd.functional as F
         >>> student = torch.tensor([[2.0, 0.0, 0.0]], requires_grad=True)
         >>> teacher = torch.tensor([[[3.0, 0.0, 1.0], [0.0, 1.0, 0.0], [5.0, 0.0, 0.0]]])
-        >>> F.majority_vote(student, teacher, reduction="none")
-        tensor([[0.2395, 2.2395, 0.2395]], grad_fn=<ViewBackward0>)
+        >>> F.majority_vote(student, teacher, reduction="none").detach()
+        tensor([[0.2395, 2.2395, 0.2395]])
         >>> print(f"{F.majority_vote(student, teacher, vote='plurality').item():.4f}")
         0.2395
     """
