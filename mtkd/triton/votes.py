@@ -1,9 +1,10 @@
-"""Majority vote in Triton: one kernel for the four operators of the loss.
+"""Majority vote in Triton: rows that a block holds in one kernel, longer rows in two.
 
-A program takes a row of the student and all its teachers. Where a block holds every class, each
-teacher's logits are read once, and its vote is taken off the gradient at once. Otherwise a first
-walk over the classes finds what each vote is made from; a decision is then known by its class, and
-only softmaxes and ties are read a second time, for the gradient.
+A decision is a softmax of temperature 0: powers of the logits, 1 where a logit is the largest and
+else 0. Where a block holds every class, a program takes a row of the student and all its teachers:
+their logits are read once, and each vote is taken off the gradient at once. In longer rows a first
+kernel walks over a row of one teacher and leaves what its vote is made from; a second one adds up
+the votes. A decision is known by its class: only softmaxes and ties are read a second time.
 """
 
 from collections.abc import Sequence
@@ -19,17 +20,18 @@ from .common import RowLoss, accumulate_type, as_bytes, on_device_of, strides
 
 TIED = tl.constexpr(1 - 1e-5)  # of the largest share of a vote; what has as much is its equal
 SEVERAL, NOBODY = tl.constexpr(-1), tl.constexpr(-2)  # in place of a vote's one class
+KEPT = tl.constexpr(6)  # numbers of a row and teacher that the second kernel reads
 WHOLE = 4096  # classes that a block may hold, all of a row
 BLOCK = 1024  # of longer rows
-HELD = 16  # numbers of a block that a lane holds
-MOST = 8  # warps
+HELD = 8  # numbers of a block that a lane holds
+MOST = 16  # warps
 
 
 @triton.jit
-def _load(x, stride, columns, inside, ACC: tl.constexpr):
-    """Return a block of logits; there are none of -inf outside."""
+def _load(x, stride, columns, width, ACC: tl.constexpr):
+    """Return a block of logits; there are none of -inf beyond the width."""
     at = x + columns.to(tl.int64) * stride
-    return tl.load(at, mask=inside, other=float("-inf")).to(ACC)
+    return tl.load(at, mask=columns < width, other=float("-inf")).to(ACC)
 
 
 @triton.jit
@@ -39,331 +41,346 @@ def _product(q, s):
 
 
 @triton.jit
-def _offset(offsets, teacher_t, t, ALIGNED: tl.constexpr):
+def _finite(most):
+    return tl.where(most == float("-inf"), 0.0, most)
+
+
+@triton.jit
+def _some(total):
+    """Return a sum to divide by: NaN in place of 0, where nothing was added."""
+    return tl.where(total == 0.0, float("nan"), total)
+
+
+@triton.jit
+def _powers(x, most, inverse, HARD: tl.constexpr):
+    """Return exp((x - most) / temperature), or of a decision the limit at 0; 0 of -inf."""
+    if HARD:
+        e = ((x == most) & (x > float("-inf"))).to(x.dtype)
+        return tl.where(x != x, x, e)
+    else:
+        return tl.exp((x - _finite(most)) * inverse)
+
+
+@triton.jit
+def _teacher(teacher, offsets, teacher_t, t, ALIGNED: tl.constexpr):
     """Return where a teacher's logits begin: at equal distances, or where a table says."""
     if offsets is None:
-        offset = (tl.zeros([], tl.int64) + t) * teacher_t
+        return teacher + (tl.zeros([], tl.int64) + t) * teacher_t
     else:
-        offset = tl.multiple_of(tl.load(offsets + t), ALIGNED)
-    return offset
+        return teacher + tl.multiple_of(tl.load(offsets + t), ALIGNED)
 
 
 @triton.jit
-def _decision(x):
-    """Return a block's largest logit, where it is, and how often; NaN if the block holds one."""
-    most = tl.max(x, 0)
-    tied = (x == most) & (x > float("-inf"))
-    invalid = tl.sum((x != x).to(tl.int32), 0) > 0
-    times = tl.sum(tied.to(x.dtype), 0)
-    return tl.where(invalid, float("nan"), most), tied, tl.where(invalid, float("nan"), times)
-
-
-@triton.jit
-def _whole_vote(x, scale, HARD: tl.constexpr):
-    """Return a teacher's vote, where a block holds every class; NaN where there is none."""
-    if HARD:
-        _, tied, times = _decision(x)
-        vote = tied.to(x.dtype) / times
-    else:
-        e = tl.exp((x - tl.max(x, 0)) * scale)
-        vote = e / tl.sum(e, 0)
-    return vote
-
-
-@triton.jit
-def _student(student, student_c, width, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the largest logit, and the sum of exponentials of what the others are less."""
-    most = tl.full([], float("-inf"), ACC)
-    total = tl.zeros([], ACC)
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        s = _load(student, student_c, columns, columns < width, ACC)
-        larger = tl.maximum(most, tl.max(s, 0))
-        finite = tl.where(larger == float("-inf"), 0.0, larger)
-        total = total * tl.exp(most - finite) + tl.sum(tl.exp(s - finite), 0)
-        most = larger
-    return most, tl.where(total == 0.0, float("nan"), total)
-
-
-@triton.jit
-def _walk(
-    teacher,
-    teacher_c,
-    student,
-    student_c,
-    peak,
-    scale,
-    width,
-    HARD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Return a vote's largest logit, its sum, its product with the student's excess, its class."""
-    ACC: tl.constexpr = peak.dtype
-    most = tl.full([], float("-inf"), ACC)
-    total = tl.zeros([], ACC)
-    product = tl.zeros([], ACC)
-    place = tl.full([], -1, tl.int32)
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < width
-        x = _load(teacher, teacher_c, columns, inside, ACC)
-        excess = _load(student, student_c, columns, inside, ACC) - peak
-        if HARD:
-            largest, q, times = _decision(x)
-            products = tl.sum(tl.where(q, excess, 0.0), 0)
-            found = tl.max(tl.where(q, columns, -1), 0)
-            kept = tl.where(largest < most, 0.0, 1.0)  # of this block, and of those before
-            before = tl.where(most < largest, 0.0, 1.0)
-            product = tl.where(before > 0, product, 0.0) + tl.where(kept > 0, products, 0.0)
-            place = tl.where(kept > 0, found, place)
-            total = before * total + kept * times
-            most = tl.where(kept > 0, largest, most)
-        else:
-            larger = tl.maximum(most, tl.max(x, 0))
-            finite = tl.where(larger == float("-inf"), 0.0, larger)
-            e = tl.exp((x - finite) * scale)
-            factor = tl.exp((most - finite) * scale)
-            total = total * factor + tl.sum(e, 0)
-            product = _product(factor, product) + tl.sum(_product(e, excess), 0)
-            most = larger
-    place = tl.where(total == 1.0, place, SEVERAL)
-    return most, tl.where(total == 0.0, float("nan"), total), product, place
-
-
-@triton.jit
-def _votes(
-    teacher,
-    offsets,
-    teacher_t,
-    teacher_c,
-    statistics,
-    classes,
-    factors,
-    count,
-    columns,
-    inside,
-    scale,
-    HARD: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Return the sum of all teachers' votes, times their factors, of a block of classes."""
-    ACC: tl.constexpr = scale.dtype
-    q = tl.zeros([BLOCK], ACC)
-    for t in range(count):
-        place = tl.load(classes + t)
-        share = tl.load(factors + t) / tl.load(statistics + 2 * t + 1)
-        if place >= 0:
-            q += tl.where(columns == place, share, 0.0)
-        elif place == SEVERAL:
-            most = tl.load(statistics + 2 * t)
-            at = teacher + _offset(offsets, teacher_t, t, ALIGNED)
-            x = _load(at, teacher_c, columns, inside, ACC)
-            if HARD:
-                q += tl.where((x == most) & (x > float("-inf")), share, share * 0.0)
-            else:
-                q += tl.exp((x - most) * scale) * share
-    return q
-
-
-@triton.jit
-def _kernel(
-    mask,
-    weight,
+def _whole_kernel(
+    counted,
+    factor,
     student,
     teacher,
     offsets,
     coefficient,
     matrix,
     output,
-    statistics,
-    classes,
-    factors,
     count,
     width,
-    mask_n,
-    mask_k,
-    weight_n,
-    weight_t,
+    counted_n,
+    counted_t,
+    factor_n,
+    factor_t,
     student_n,
     student_c,
     teacher_n,
     teacher_t,
     teacher_c,
     coefficient_n,
-    coefficient_k,
     output_n,
     output_c,
-    scale: tl.float64,
+    inverse: tl.float64,  # a plain number would come as float32
     ACC: tl.constexpr,
+    TOGETHER: tl.constexpr,
     HARD: tl.constexpr,
-    WHOLE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    TEACHERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Take a row, all of whose classes the block holds; without factors there is no gradient."""
     row = tl.program_id(0).to(tl.int64)
-    TOGETHER: tl.constexpr = weight is not None
-    scale = tl.full([], scale, ACC)
+    inverse = tl.full([], inverse, ACC)
+    columns = tl.arange(0, BLOCK)
+    s = _load(student + row * student_n, student_c, columns, width, ACC)
+    excess = s - _finite(tl.max(s, 0))
+    total = _some(tl.sum(tl.exp(excess), 0))
+    log = tl.log(total)
+    q = tl.zeros([BLOCK], ACC)
+    worth = tl.zeros([], ACC)
+    expected = tl.zeros([], ACC)
+    live = tl.full([], False, tl.int1)
+    for t in range(count):
+        here = tl.full([], True, tl.int1)
+        if counted is not None:
+            here = tl.load(counted + row * counted_n + t * counted_t) != 0
+        at = _teacher(teacher + row * teacher_n, offsets, teacher_t, t, ALIGNED)
+        x = _load(at, teacher_c, columns, tl.where(here, width, 0), ACC)
+        e = _powers(x, tl.max(x, 0), inverse, HARD)
+        vote = e / _some(tl.sum(e, 0))
+        product = tl.sum(_product(vote, excess), 0)
+        if not TOGETHER and matrix is not None:
+            tl.store(matrix + row * count + t, tl.where(here, log - product, 0.0))
+        if factor is not None:
+            f = tl.load(factor + row * factor_n + t * factor_t, mask=here, other=0.0).to(ACC)
+            q += tl.where(here, f * vote, 0.0)
+            worth += f
+            if TOGETHER:
+                expected += tl.where(here, f * product, 0.0)
+        live |= here
+    if TOGETHER:
+        if HARD:  # shared by the winners
+            won = (q >= tl.max(q, 0) * TIED).to(ACC)
+            q = won
+            worth = tl.where(expected != expected, expected, tl.sum(won, 0))
+            expected = tl.sum(_product(won, excess), 0)
+        worth = _some(worth)
+        if matrix is not None:
+            tl.store(matrix + row, tl.where(live, log - expected / worth, 0.0))
+    if output is not None:
+        if TOGETHER:
+            c = tl.load(coefficient + row * coefficient_n, mask=live, other=0.0).to(ACC)
+            q *= c / worth
+            worth = c
+        grad = tl.where(live, worth / total * tl.exp(excess) - q, 0.0)
+        to = output + row * output_n + columns.to(tl.int64) * output_c
+        tl.store(to, grad.to(output.dtype.element_ty), mask=columns < width)
+
+
+@triton.jit
+def _walk_kernel(
+    counted,
+    student,
+    teacher,
+    offsets,
+    matrix,
+    kept,
+    count,
+    width,
+    counted_n,
+    counted_t,
+    student_n,
+    student_c,
+    teacher_n,
+    teacher_t,
+    teacher_c,
+    inverse: tl.float64,
+    ACC: tl.constexpr,
+    HARD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Take a row of one teacher: its loss, and what its vote is made from; sums are by lane."""
+    program = tl.program_id(0).to(tl.int64)
+    row, t = program // count, program % count
+    here = tl.full([], True, tl.int1)
+    if counted is not None:
+        here = tl.load(counted + row * counted_n + t * counted_t) != 0
+    inverse = tl.full([], inverse, ACC)
+    student += row * student_n
+    teacher = _teacher(teacher + row * teacher_n, offsets, teacher_t, t, ALIGNED)
+    peak = tl.full([], float("-inf"), ACC)
+    most = peak
+    sums = tl.zeros([BLOCK], ACC)
+    total = sums
+    product = sums
+    place = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, tl.where(here, width, 0), BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        s = _load(student, student_c, columns, width, ACC)
+        x = _load(teacher, teacher_c, columns, width, ACC)
+        higher, larger = tl.maximum(peak, tl.max(s, 0)), tl.maximum(most, tl.max(x, 0))
+        sums = sums * _powers(peak, higher, 1.0, False) + _powers(s, higher, 1.0, False)
+        product += total * (_finite(peak) - _finite(higher))
+        e, kept_power = _powers(x, larger, inverse, HARD), _powers(most, larger, inverse, HARD)
+        product = _product(kept_power, product) + _product(e, s - _finite(higher))
+        total = total * kept_power + e
+        if HARD:
+            place = tl.where(e == 1.0, columns, place)
+        peak, most = higher, larger
+    times = _some(tl.sum(total, 0))
+    sums_total = _some(tl.sum(sums, 0))
+    expected = tl.sum(product, 0) / times
+    if matrix is not None:
+        tl.store(matrix + program, tl.where(here, tl.log(sums_total) - expected, 0.0))
+    if kept is not None:
+        only = tl.sum(tl.where(total == 1.0, place, 0), 0)
+        only = tl.where(HARD & (times == 1.0), only, SEVERAL)
+        kept += program * KEPT
+        tl.store(kept, tl.where(here, only, NOBODY).to(ACC))
+        tl.store(kept + 1, most)
+        tl.store(kept + 2, 1.0 / times)
+        tl.store(kept + 3, expected)
+        tl.store(kept + 4, peak)
+        tl.store(kept + 5, sums_total)
+
+
+@triton.jit
+def _votes(
+    kept,
+    factor,
+    teacher,
+    offsets,
+    count,
+    width,
+    factor_t,
+    teacher_t,
+    teacher_c,
+    columns,
+    inverse,
+    HARD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Return the sum of all teachers' votes, times their factors, of a block of classes."""
+    ACC: tl.constexpr = inverse.dtype
+    q = tl.zeros(columns.shape, ACC)
+    for t in range(count):
+        at = kept + t * KEPT
+        place = tl.load(at).to(tl.int32)
+        f = tl.load(factor + t * factor_t, mask=place != NOBODY, other=0.0).to(ACC)
+        share = f * tl.load(at + 2, mask=place != NOBODY, other=0.0)
+        q += tl.where(columns == place, share, 0.0)
+        if place == SEVERAL:
+            x = _load(
+                _teacher(teacher, offsets, teacher_t, t, ALIGNED), teacher_c, columns, width, ACC
+            )
+            q += _powers(x, tl.load(at + 1), inverse, HARD) * share
+    return q
+
+
+@triton.jit
+def _long_kernel(
+    factor,
+    student,
+    teacher,
+    offsets,
+    coefficient,
+    matrix,
+    output,
+    kept,
+    count,
+    width,
+    factor_n,
+    factor_t,
+    student_n,
+    student_c,
+    teacher_n,
+    teacher_t,
+    teacher_c,
+    coefficient_n,
+    output_n,
+    output_c,
+    inverse: tl.float64,
+    ACC: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    HARD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Take a row: the loss of a vote together, and the gradient, from what walks have kept."""
+    row = tl.program_id(0).to(tl.int64)
+    inverse = tl.full([], inverse, ACC)
+    factor += row * factor_n
     student += row * student_n
     teacher += row * teacher_n
-    if statistics is not None:
-        statistics += row * count * 2
-        classes += row * count
-        factors += row * count
-    # what the votes are worth: in the gradient, or for a plurality among themselves
-    t = tl.arange(0, TEACHERS)
-    voters = t < count
+    kept += row * count * KEPT
+    peak = tl.zeros([], ACC)
+    total = tl.full([], 1.0, ACC)
+    worth = tl.zeros([], ACC)
+    expected = tl.zeros([], ACC)
+    live = tl.full([], False, tl.int1)
+    for t in range(count):
+        at = kept + t * KEPT
+        here = tl.load(at) != NOBODY
+        f = tl.load(factor + t * factor_t, mask=here, other=0.0).to(ACC)
+        worth += f
+        expected += tl.where(here, f * tl.load(at + 3), 0.0)
+        peak = tl.where(here, tl.load(at + 4), peak)
+        total = tl.where(here, tl.load(at + 5), total)
+        live |= here
+    least = tl.zeros([], ACC)  # share of a winner
+    if TOGETHER and HARD:
+        for start in range(0, width, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            q = _votes(
+                kept,
+                factor,
+                teacher,
+                offsets,
+                count,
+                width,
+                factor_t,
+                teacher_t,
+                teacher_c,
+                columns,
+                inverse,
+                HARD,
+                ALIGNED,
+            )
+            least = tl.maximum(least, tl.max(q, 0) * TIED)
+        shared = tl.zeros([BLOCK], ACC)
+        products = tl.zeros([BLOCK], ACC)
+        for start in range(0, width, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            q = _votes(
+                kept,
+                factor,
+                teacher,
+                offsets,
+                count,
+                width,
+                factor_t,
+                teacher_t,
+                teacher_c,
+                columns,
+                inverse,
+                HARD,
+                ALIGNED,
+            )
+            won = (q >= least).to(ACC)
+            shared += won
+            products += _product(
+                won, _load(student, student_c, columns, width, ACC) - _finite(peak)
+            )
+        worth = tl.where(expected != expected, expected, tl.sum(shared, 0))
+        expected = tl.sum(products, 0)
+    c = worth
     if TOGETHER:
-        weights = tl.load(weight + row * weight_n + t * weight_t, mask=voters, other=0.0).to(ACC)
-        everything = tl.sum(weights, 0)
-        live = everything != 0.0
-        if mask is not None:
-            live = tl.load(mask + row * mask_n) != 0
-        worth = tl.zeros([], ACC)
+        worth = _some(worth)
+        if matrix is not None:
+            loss = tl.log(total) - expected / worth
+            tl.store(matrix + row, tl.where(live, loss, 0.0))
         if coefficient is not None:
-            worth += tl.load(coefficient + row * coefficient_n, mask=live, other=0.0).to(ACC)
-    else:
-        counted = voters
-        if mask is not None:
-            counted &= tl.load(mask + row * mask_n + t * mask_k, mask=voters, other=0) != 0
-        live = tl.sum(counted.to(tl.int32), 0) > 0
-        worth = tl.zeros([], ACC)
-        if coefficient is not None:
-            c = coefficient + row * coefficient_n + t * coefficient_k
-            worth += tl.sum(tl.load(c, mask=counted, other=0.0).to(ACC), 0)
-
-    columns = tl.arange(0, BLOCK)
-    peak, total = _student(student, student_c, width, ACC, BLOCK)
-    log_total = tl.log(total)
-    excess = tl.zeros([BLOCK], ACC)
-    if WHOLE:
-        excess = _load(student, student_c, columns, columns < width, ACC) - peak
-    q = tl.zeros([BLOCK], ACC)  # of all votes, where a block holds every class
-    mean = tl.zeros([], ACC)
-    for i in range(count):
-        here = live
-        if TOGETHER:
-            factor = tl.load(weight + row * weight_n + i * weight_t).to(ACC)
-            here = here & (factor != 0.0)
-            if not HARD:
-                factor /= everything
-        else:
-            factor = tl.zeros([], ACC)
-            if mask is not None:
-                here = here & (tl.load(mask + row * mask_n + i * mask_k) != 0)
-            if coefficient is not None:
-                factor += tl.load(coefficient + row * coefficient_n + i * coefficient_k).to(ACC)
-        expected = tl.zeros([], ACC)
-        place = tl.full([], NOBODY, tl.int32)
-        most = tl.zeros([], ACC)
-        times = tl.full([], 1.0, ACC)
-        if here:
-            at = teacher + _offset(offsets, teacher_t, i, ALIGNED)
-            if WHOLE:
-                x = _load(at, teacher_c, columns, columns < width, ACC)
-                vote = _whole_vote(x, scale, HARD)
-                expected += tl.sum(_product(vote, excess), 0)
-                q += factor * vote
-            else:
-                most, times, products, place = _walk(
-                    at, teacher_c, student, student_c, peak, scale, width, HARD, BLOCK
-                )
-                expected += products / times
-        if not WHOLE:
-            tl.store(statistics + 2 * i, most)
-            tl.store(statistics + 2 * i + 1, times)
-            tl.store(classes + i, place)
-            tl.store(factors + i, factor)
-        if TOGETHER:
-            mean += tl.where(here, factor * expected, 0.0)
-        elif matrix is not None:
-            tl.store(matrix + row * count + i, tl.where(here, log_total - expected, 0.0))
-
-    if not WHOLE:
-        tl.debug_barrier()  # what one lane stored, all will read
-    best = tl.full([], float("-inf"), ACC)
-    shared = tl.zeros([], ACC)
-    if TOGETHER and HARD:  # the plurality: its share of votes, then who has it
-        mean = tl.zeros([], ACC)
-        for start in range(0, width, BLOCK):
-            inside = start + columns < width
-            if not WHOLE:
-                q = _votes(
-                    teacher,
-                    offsets,
-                    teacher_t,
-                    teacher_c,
-                    statistics,
-                    classes,
-                    factors,
-                    count,
-                    start + columns,
-                    inside,
-                    scale,
-                    HARD,
-                    ALIGNED,
-                    BLOCK,
-                )
-            best = tl.maximum(best, tl.max(tl.where(inside, q, float("-inf")), 0))
-            invalid = tl.sum((q != q).to(tl.int32), 0) > 0
-            shared = tl.where(invalid, float("nan"), shared)
-        for start in range(0, width, BLOCK):
-            inside = start + columns < width
-            if not WHOLE:
-                excess = _load(student, student_c, start + columns, inside, ACC) - peak
-                q = _votes(
-                    teacher,
-                    offsets,
-                    teacher_t,
-                    teacher_c,
-                    statistics,
-                    classes,
-                    factors,
-                    count,
-                    start + columns,
-                    inside,
-                    scale,
-                    HARD,
-                    ALIGNED,
-                    BLOCK,
-                )
-            won = inside & (q >= best * TIED)
-            shared += tl.sum(won.to(ACC), 0)
-            mean += tl.sum(tl.where(won, excess, 0.0), 0)
-        mean /= shared
-    if TOGETHER and matrix is not None:
-        tl.store(matrix + row, tl.where(live, log_total - mean, 0.0))
-
+            c = tl.load(coefficient + row * coefficient_n, mask=live, other=0.0).to(ACC)
     if output is not None:
         for start in range(0, width, BLOCK):
-            inside = start + columns < width
-            if not WHOLE:
-                excess = _load(student, student_c, start + columns, inside, ACC) - peak
-                q = _votes(
-                    teacher,
-                    offsets,
-                    teacher_t,
-                    teacher_c,
-                    statistics,
-                    classes,
-                    factors,
-                    count,
-                    start + columns,
-                    inside,
-                    scale,
-                    HARD,
-                    ALIGNED,
-                    BLOCK,
-                )
+            columns = start + tl.arange(0, BLOCK)
+            q = _votes(
+                kept,
+                factor,
+                teacher,
+                offsets,
+                count,
+                width,
+                factor_t,
+                teacher_t,
+                teacher_c,
+                columns,
+                inverse,
+                HARD,
+                ALIGNED,
+            )
             if TOGETHER and HARD:
-                q = tl.where(q >= best * TIED, worth, 0.0) / shared
-            elif TOGETHER:
-                q *= worth
-            grad = worth / total * tl.exp(excess) - q
-            grad = tl.where(live, grad, 0.0)
-            at = output + row * output_n + (start + columns).to(tl.int64) * output_c
-            tl.store(at, grad.to(output.dtype.element_ty), mask=inside)
+                q = (q >= least).to(ACC)
+            if TOGETHER:
+                q *= c / worth
+            s = _load(student, student_c, columns, width, ACC)
+            grad = tl.where(live, c / total * tl.exp(s - _finite(peak)) - q, 0.0)
+            to = output + row * output_n + columns.to(tl.int64) * output_c
+            tl.store(to, grad.to(output.dtype.element_ty), mask=columns < width)
 
 
 def _offsets(teacher: Sequence[Tensor]) -> tuple[Tensor | None, int]:
@@ -396,52 +413,77 @@ def _launch(
     (output,), (rows, width), teacher = gradients, student.shape, _alike(teacher)
     if rows == 0:
         return
-    packed = teacher[0].dim() == 3
-    count = teacher[0].shape[1] if packed else len(teacher)
+    count = teacher[0].shape[1] if teacher[0].dim() == 3 else len(teacher)
+    together, double = weight is not None, accumulate_type(student) == tl.float64
+    if weight is not None and mask is not None:
+        weight = weight.masked_fill(~mask, 0.0)
+    counted = weight if together else as_bytes(mask)
+    factor, coefficient = (weight, coefficient) if together else (coefficient, None)
     teacher_n, *teacher_t, teacher_c = teacher[0].stride()
-    accumulate = accumulate_type(student)
-    double = accumulate == tl.float64
-    whole = width <= WHOLE >> double
-    block = max(16, triton.next_power_of_2(width)) if whole else BLOCK >> double
-    statistics = classes = factors = None
-    if not whole:
-        dtype = torch.float64 if double else torch.float32
-        statistics = student.new_empty((rows, count, 2), dtype=dtype)
-        factors = student.new_empty((rows, count), dtype=dtype)
-        classes = student.new_empty((rows, count), dtype=torch.int32)
     offsets, aligned = _offsets(teacher)
+    votes = (*student.stride(), teacher_n, *(teacher_t or [0]), teacher_c)
+    result = (*strides(coefficient, 2)[:1], *strides(output, 2), 1.0 / temperature)
+    settings = {"ACC": accumulate_type(student), "HARD": hard, "ALIGNED": aligned}
+    whole = width <= WHOLE >> double
+    settings["BLOCK"] = max(16, triton.next_power_of_2(width)) if whole else BLOCK >> double
+    settings["num_warps"] = max(1, min(MOST, settings["BLOCK"] // (32 * HELD >> double)))
     with on_device_of(student):
-        _kernel[(rows,)](
-            as_bytes(mask),
-            weight,
+        if whole:
+            _whole_kernel[(rows,)](
+                counted,
+                factor,
+                student,
+                teacher[0],
+                offsets,
+                coefficient,
+                matrix,
+                output,
+                count,
+                width,
+                *strides(counted, 2),
+                *strides(factor, 2),
+                *votes,
+                *result,
+                TOGETHER=together,
+                **settings,
+            )
+            return
+        kept = None
+        if together or output is not None:
+            dtype = torch.float64 if double else torch.float32
+            kept = student.new_empty((rows, count, KEPT.value), dtype=dtype)
+        _walk_kernel[(rows * count,)](
+            counted,
             student,
             teacher[0],
             offsets,
-            coefficient,
-            matrix,
-            output,
-            statistics,
-            classes,
-            factors,
+            None if together else matrix,
+            kept,
             count,
             width,
-            *strides(mask, 2),
-            *strides(weight, 2),
-            *student.stride(),
-            teacher_n,
-            *(teacher_t or [0]),
-            teacher_c,
-            *strides(coefficient, 2),
-            *strides(output, 2),
+            *strides(counted, 2),
+            *votes,
             1.0 / temperature,
-            ACC=accumulate,
-            HARD=hard,
-            WHOLE=whole,
-            ALIGNED=aligned,
-            TEACHERS=triton.next_power_of_2(count),
-            BLOCK=block,
-            num_warps=max(1, min(MOST, block // (32 * HELD >> double))),
+            **settings,
         )
+        if kept is not None:
+            _long_kernel[(rows,)](
+                factor,
+                student,
+                teacher[0],
+                offsets,
+                coefficient,
+                matrix,
+                output,
+                kept,
+                count,
+                width,
+                *strides(factor, 2),
+                *votes,
+                *result,
+                TOGETHER=together,
+                **settings,
+            )
 
 
 _loss = RowLoss(_launch, precise=(2,), differentiable=(2,))
