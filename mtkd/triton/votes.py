@@ -28,10 +28,10 @@ MOST = 16  # warps
 
 
 @triton.jit
-def _load(x, stride, columns, width, ACC: tl.constexpr):
-    """Return a block of logits; there are none of -inf beyond the width."""
+def _load(x, stride, columns, inside, ACC: tl.constexpr):
+    """Return a block of logits; there are none of -inf outside."""
     at = x + columns.to(tl.int64) * stride
-    return tl.load(at, mask=columns < width, other=float("-inf")).to(ACC)
+    return tl.load(at, mask=inside, other=float("-inf")).to(ACC)
 
 
 @triton.jit
@@ -63,11 +63,11 @@ def _powers(x, most, inverse, HARD: tl.constexpr):
 
 @triton.jit
 def _teacher(teacher, offsets, teacher_t, t, ALIGNED: tl.constexpr):
-    """Return where a teacher's logits begin: at equal distances, or where a table says."""
+    """Return where teachers' logits begin: at equal distances, or where a table says."""
     if offsets is None:
-        return teacher + (tl.zeros([], tl.int64) + t) * teacher_t
+        return teacher + t.to(tl.int64) * teacher_t
     else:
-        return teacher + tl.multiple_of(tl.load(offsets + t), ALIGNED)
+        return teacher + tl.load(offsets + t) * ALIGNED
 
 
 @triton.jit
@@ -99,44 +99,50 @@ def _whole_kernel(
     TOGETHER: tl.constexpr,
     HARD: tl.constexpr,
     ALIGNED: tl.constexpr,
+    TEACHERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Take a row, all of whose classes the block holds; without factors there is no gradient."""
     row = tl.program_id(0).to(tl.int64)
     inverse = tl.full([], inverse, ACC)
     columns = tl.arange(0, BLOCK)
-    s = _load(student + row * student_n, student_c, columns, width, ACC)
+    inside = columns < width
+    s = _load(student + row * student_n, student_c, columns, inside, ACC)
     excess = s - _finite(tl.max(s, 0))
     total = _some(tl.sum(tl.exp(excess), 0))
     log = tl.log(total)
-    q = tl.zeros([BLOCK], ACC)
-    worth = tl.zeros([], ACC)
-    expected = tl.zeros([], ACC)
-    live = tl.full([], False, tl.int1)
-    for t in range(count):
-        here = tl.full([], True, tl.int1)
+    q = tl.zeros([TEACHERS, BLOCK], ACC)  # sums are by lane
+    worth = tl.zeros([TEACHERS], ACC)
+    expected = tl.zeros([TEACHERS], ACC)
+    live = tl.zeros([TEACHERS], tl.int1)
+    for start in range(0, count, TEACHERS):
+        t = start + tl.arange(0, TEACHERS)
+        here = t < count
         if counted is not None:
-            here = tl.load(counted + row * counted_n + t * counted_t) != 0
-        at = _teacher(teacher + row * teacher_n, offsets, teacher_t, t, ALIGNED)
-        x = _load(at, teacher_c, columns, tl.where(here, width, 0), ACC)
-        e = _powers(x, tl.max(x, 0), inverse, HARD)
-        vote = e / _some(tl.sum(e, 0))
-        product = tl.sum(_product(vote, excess), 0)
+            here &= tl.load(counted + row * counted_n + t * counted_t, mask=here, other=0) != 0
+        at = _teacher(teacher + row * teacher_n, offsets, teacher_t, tl.where(here, t, 0), ALIGNED)
+        x = _load(at[:, None], teacher_c, columns[None, :], here[:, None] & inside[None, :], ACC)
+        e = _powers(x, tl.max(x, 1)[:, None], inverse, HARD)
+        vote = e / _some(tl.sum(e, 1))[:, None]
+        product = tl.sum(_product(vote, excess[None, :]), 1)
         if not TOGETHER and matrix is not None:
-            tl.store(matrix + row * count + t, tl.where(here, log - product, 0.0))
+            tl.store(matrix + row * count + t, tl.where(here, log - product, 0.0), mask=t < count)
         if factor is not None:
             f = tl.load(factor + row * factor_n + t * factor_t, mask=here, other=0.0).to(ACC)
-            q += tl.where(here, f * vote, 0.0)
+            q += tl.where(here[:, None], f[:, None] * vote, 0.0)
             worth += f
             if TOGETHER:
                 expected += tl.where(here, f * product, 0.0)
         live |= here
+    q = tl.sum(q, 0)
+    worth = tl.sum(worth, 0)
+    live = tl.max(live.to(tl.int32), 0) > 0
     if TOGETHER:
+        expected = tl.sum(expected, 0)
         if HARD:  # shared by the winners
-            won = (q >= tl.max(q, 0) * TIED).to(ACC)
-            q = won
-            worth = tl.where(expected != expected, expected, tl.sum(won, 0))
-            expected = tl.sum(_product(won, excess), 0)
+            q = (q >= tl.max(q, 0) * TIED).to(ACC)
+            worth = tl.where(expected != expected, expected, tl.sum(q, 0))
+            expected = tl.sum(_product(q, excess), 0)
         worth = _some(worth)
         if matrix is not None:
             tl.store(matrix + row, tl.where(live, log - expected / worth, 0.0))
@@ -147,7 +153,7 @@ def _whole_kernel(
             worth = c
         grad = tl.where(live, worth / total * tl.exp(excess) - q, 0.0)
         to = output + row * output_n + columns.to(tl.int64) * output_c
-        tl.store(to, grad.to(output.dtype.element_ty), mask=columns < width)
+        tl.store(to, grad.to(output.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -190,8 +196,8 @@ def _walk_kernel(
     place = tl.zeros([BLOCK], tl.int32)
     for start in range(0, tl.where(here, width, 0), BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s = _load(student, student_c, columns, width, ACC)
-        x = _load(teacher, teacher_c, columns, width, ACC)
+        s = _load(student, student_c, columns, columns < width, ACC)
+        x = _load(teacher, teacher_c, columns, columns < width, ACC)
         higher, larger = tl.maximum(peak, tl.max(s, 0)), tl.maximum(most, tl.max(x, 0))
         sums = sums * _powers(peak, higher, 1.0, False) + _powers(s, higher, 1.0, False)
         product += total * (_finite(peak) - _finite(higher))
@@ -244,9 +250,8 @@ def _votes(
         share = f * tl.load(at + 2, mask=place != NOBODY, other=0.0)
         q += tl.where(columns == place, share, 0.0)
         if place == SEVERAL:
-            x = _load(
-                _teacher(teacher, offsets, teacher_t, t, ALIGNED), teacher_c, columns, width, ACC
-            )
+            begin = _teacher(teacher, offsets, teacher_t, tl.zeros([], tl.int32) + t, ALIGNED)
+            x = _load(begin, teacher_c, columns, columns < width, ACC)
             q += _powers(x, tl.load(at + 1), inverse, HARD) * share
     return q
 
@@ -343,7 +348,7 @@ def _long_kernel(
             won = (q >= least).to(ACC)
             shared += won
             products += _product(
-                won, _load(student, student_c, columns, width, ACC) - _finite(peak)
+                won, _load(student, student_c, columns, columns < width, ACC) - _finite(peak)
             )
         worth = tl.where(expected != expected, expected, tl.sum(shared, 0))
         expected = tl.sum(products, 0)
@@ -377,20 +382,21 @@ def _long_kernel(
                 q = (q >= least).to(ACC)
             if TOGETHER:
                 q *= c / worth
-            s = _load(student, student_c, columns, width, ACC)
+            s = _load(student, student_c, columns, columns < width, ACC)
             grad = tl.where(live, c / total * tl.exp(s - _finite(peak)) - q, 0.0)
             to = output + row * output_n + columns.to(tl.int64) * output_c
             tl.store(to, grad.to(output.dtype.element_ty), mask=columns < width)
 
 
 def _offsets(teacher: Sequence[Tensor]) -> tuple[Tensor | None, int]:
-    """Return a table of where separate teachers begin, beside the first, and what divides it."""
+    """Return a table of where separate teachers begin, beside the first, and its unit."""
     if len(teacher) == 1:
         return None, 1
     first, size = teacher[0].data_ptr(), teacher[0].element_size()
     places = [(each.data_ptr() - first) // size for each in teacher]
     aligned = 8 if all(place % 8 == 0 for place in places) else 1
-    return torch.tensor(places).to(teacher[0].device, non_blocking=True), aligned
+    steps = torch.tensor([place // aligned for place in places])
+    return steps.to(teacher[0].device, non_blocking=True), aligned
 
 
 def _alike(teacher: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -425,8 +431,10 @@ def _launch(
     result = (*strides(coefficient, 2)[:1], *strides(output, 2), 1.0 / temperature)
     settings = {"ACC": accumulate_type(student), "HARD": hard, "ALIGNED": aligned}
     whole = width <= WHOLE >> double
-    settings["BLOCK"] = max(16, triton.next_power_of_2(width)) if whole else BLOCK >> double
-    settings["num_warps"] = max(1, min(MOST, settings["BLOCK"] // (32 * HELD >> double)))
+    block = max(16, triton.next_power_of_2(width)) if whole else BLOCK >> double
+    tall = min(triton.next_power_of_2(count), max(1, (BLOCK >> double) // block))
+    settings["BLOCK"] = block
+    settings["num_warps"] = max(1, min(MOST, tall * block // (32 * HELD >> double)))
     with on_device_of(student):
         if whole:
             _whole_kernel[(rows,)](
@@ -445,6 +453,7 @@ def _launch(
                 *votes,
                 *result,
                 TOGETHER=together,
+                TEACHERS=tall,
                 **settings,
             )
             return
