@@ -225,38 +225,6 @@ def _walk_kernel(
 
 
 @triton.jit
-def _votes(
-    kept,
-    factor,
-    teacher,
-    offsets,
-    count,
-    width,
-    factor_t,
-    teacher_t,
-    teacher_c,
-    columns,
-    inverse,
-    HARD: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """Return the sum of all teachers' votes, times their factors, of a block of classes."""
-    ACC: tl.constexpr = inverse.dtype
-    q = tl.zeros(columns.shape, ACC)
-    for t in range(count):
-        at = kept + t * KEPT
-        place = tl.load(at).to(tl.int32)
-        f = tl.load(factor + t * factor_t, mask=place != NOBODY, other=0.0).to(ACC)
-        share = f * tl.load(at + 2, mask=place != NOBODY, other=0.0)
-        q += tl.where(columns == place, share, 0.0)
-        if place == SEVERAL:
-            begin = _teacher(teacher, offsets, teacher_t, tl.zeros([], tl.int32) + t, ALIGNED)
-            x = _load(begin, teacher_c, columns, columns < width, ACC)
-            q += _powers(x, tl.load(at + 1), inverse, HARD) * share
-    return q
-
-
-@triton.jit
 def _long_kernel(
     factor,
     student,
@@ -306,86 +274,47 @@ def _long_kernel(
         peak = tl.where(here, tl.load(at + 4), peak)
         total = tl.where(here, tl.load(at + 5), total)
         live |= here
-    least = tl.zeros([], ACC)  # share of a winner
-    if TOGETHER and HARD:
-        for start in range(0, width, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            q = _votes(
-                kept,
-                factor,
-                teacher,
-                offsets,
-                count,
-                width,
-                factor_t,
-                teacher_t,
-                teacher_c,
-                columns,
-                inverse,
-                HARD,
-                ALIGNED,
-            )
-            least = tl.maximum(least, tl.max(q, 0) * TIED)
-        shared = tl.zeros([BLOCK], ACC)
-        products = tl.zeros([BLOCK], ACC)
-        for start in range(0, width, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            q = _votes(
-                kept,
-                factor,
-                teacher,
-                offsets,
-                count,
-                width,
-                factor_t,
-                teacher_t,
-                teacher_c,
-                columns,
-                inverse,
-                HARD,
-                ALIGNED,
-            )
-            won = (q >= least).to(ACC)
-            shared += won
-            products += _product(
-                won, _load(student, student_c, columns, columns < width, ACC) - _finite(peak)
-            )
-        worth = tl.where(expected != expected, expected, tl.sum(shared, 0))
-        expected = tl.sum(products, 0)
     c = worth
-    if TOGETHER:
-        worth = _some(worth)
-        if matrix is not None:
-            loss = tl.log(total) - expected / worth
-            tl.store(matrix + row, tl.where(live, loss, 0.0))
-        if coefficient is not None:
-            c = tl.load(coefficient + row * coefficient_n, mask=live, other=0.0).to(ACC)
-    if output is not None:
+    if coefficient is not None:
+        c = tl.load(coefficient + row * coefficient_n, mask=live, other=0.0).to(ACC)
+    PLURALITY: tl.constexpr = TOGETHER and HARD
+    least = tl.zeros([], ACC)  # share of a winner
+    if PLURALITY:  # of its winners, as much as is known; invalid if a teacher is
+        worth = tl.where(expected != expected, expected, 0.0)
+        expected = tl.zeros([], ACC)
+    # three walks: what the winners' share is, who has it, the gradient
+    for walk in range(0 if PLURALITY else 2, 2 if output is None else 3):
         for start in range(0, width, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            q = _votes(
-                kept,
-                factor,
-                teacher,
-                offsets,
-                count,
-                width,
-                factor_t,
-                teacher_t,
-                teacher_c,
-                columns,
-                inverse,
-                HARD,
-                ALIGNED,
-            )
-            if TOGETHER and HARD:
+            inside = columns < width
+            q = tl.zeros([BLOCK], ACC)
+            for t in range(count):
+                at = kept + t * KEPT
+                place = tl.load(at).to(tl.int32)
+                f = tl.load(factor + t * factor_t, mask=place != NOBODY, other=0.0).to(ACC)
+                share = f * tl.load(at + 2, mask=place != NOBODY, other=0.0)
+                q += tl.where(columns == place, share, 0.0)
+                if place == SEVERAL:
+                    t_begin = _teacher(teacher, offsets, teacher_t, place * 0 + t, ALIGNED)
+                    x = _load(t_begin, teacher_c, columns, inside, ACC)
+                    q += _powers(x, tl.load(at + 1), inverse, HARD) * share
+            excess = _load(student, student_c, columns, inside, ACC) - _finite(peak)
+            if PLURALITY:
+                if walk == 0:
+                    least = tl.maximum(least, tl.max(q, 0) * TIED)
                 q = (q >= least).to(ACC)
-            if TOGETHER:
-                q *= c / worth
-            s = _load(student, student_c, columns, columns < width, ACC)
-            grad = tl.where(live, c / total * tl.exp(s - _finite(peak)) - q, 0.0)
-            to = output + row * output_n + columns.to(tl.int64) * output_c
-            tl.store(to, grad.to(output.dtype.element_ty), mask=columns < width)
+                if walk == 1:
+                    worth += tl.sum(q, 0)
+                    expected += tl.sum(_product(q, excess), 0)
+            if output is not None and walk == 2:
+                if TOGETHER:
+                    q *= c / _some(worth)
+                grad = tl.where(live, c / total * tl.exp(excess) - q, 0.0)
+                to = output + row * output_n + columns.to(tl.int64) * output_c
+                tl.store(to, grad.to(output.dtype.element_ty), mask=inside)
+    if TOGETHER and matrix is not None:
+        loss = tl.log(total) - expected / _some(worth)
+        tl.store(matrix + row, tl.where(live, loss, 0.0))
 
 
 def _offsets(teacher: Sequence[Tensor]) -> tuple[Tensor | None, int]:
@@ -434,7 +363,7 @@ def _launch(
     block = max(16, triton.next_power_of_2(width)) if whole else BLOCK >> double
     tall = min(triton.next_power_of_2(count), max(1, (BLOCK >> double) // block))
     settings["BLOCK"] = block
-    settings["num_warps"] = max(1, min(MOST, tall * block // (32 * HELD >> double)))
+    settings["num_warps"] = max(1, min(MOST, tall * block // (32 * HELD)))
     with on_device_of(student):
         if whole:
             _whole_kernel[(rows,)](
