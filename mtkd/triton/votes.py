@@ -20,7 +20,7 @@ from .common import RowLoss, accumulate_type, as_bytes, on_device_of, strides
 
 TIED = tl.constexpr(1 - 1e-5)  # of the largest share of a vote; what has as much is its equal
 SEVERAL, NOBODY = tl.constexpr(-1), tl.constexpr(-2)  # in place of a vote's one class
-KEPT = tl.constexpr(6)  # numbers of a row and teacher that the second kernel reads
+KEPT = tl.constexpr(7)  # numbers of a row and teacher that the second kernel reads
 WHOLE = 4096  # classes that a block may hold, all of a row
 BLOCK = 1024  # of longer rows
 HELD = 8  # numbers of a block that a lane holds
@@ -159,6 +159,7 @@ def _whole_kernel(
 @triton.jit
 def _walk_kernel(
     counted,
+    factor,
     student,
     teacher,
     offsets,
@@ -168,6 +169,8 @@ def _walk_kernel(
     width,
     counted_n,
     counted_t,
+    factor_n,
+    factor_t,
     student_n,
     student_c,
     teacher_n,
@@ -212,21 +215,22 @@ def _walk_kernel(
     expected = tl.sum(product, 0) / times
     if matrix is not None:
         tl.store(matrix + program, tl.where(here, tl.log(sums_total) - expected, 0.0))
-    if kept is not None:
+    if factor is not None:
+        f = tl.load(factor + row * factor_n + t * factor_t, mask=here, other=0.0).to(ACC)
         only = tl.sum(tl.where(total == 1.0, place, 0), 0)
         only = tl.where(HARD & (times == 1.0), only, SEVERAL)
         kept += program * KEPT
         tl.store(kept, tl.where(here, only, NOBODY).to(ACC))
-        tl.store(kept + 1, most)
-        tl.store(kept + 2, 1.0 / times)
-        tl.store(kept + 3, expected)
-        tl.store(kept + 4, peak)
-        tl.store(kept + 5, sums_total)
+        tl.store(kept + 1, tl.where(here, f / times, 0.0))
+        tl.store(kept + 2, most)
+        tl.store(kept + 3, f)
+        tl.store(kept + 4, tl.where(here, f * expected, 0.0))
+        tl.store(kept + 5, peak)
+        tl.store(kept + 6, sums_total)
 
 
 @triton.jit
 def _long_kernel(
-    factor,
     student,
     teacher,
     offsets,
@@ -236,8 +240,6 @@ def _long_kernel(
     kept,
     count,
     width,
-    factor_n,
-    factor_t,
     student_n,
     student_c,
     teacher_n,
@@ -256,7 +258,6 @@ def _long_kernel(
     """Take a row: the loss of a vote together, and the gradient, from what walks have kept."""
     row = tl.program_id(0).to(tl.int64)
     inverse = tl.full([], inverse, ACC)
-    factor += row * factor_n
     student += row * student_n
     teacher += row * teacher_n
     kept += row * count * KEPT
@@ -268,11 +269,10 @@ def _long_kernel(
     for t in range(count):
         at = kept + t * KEPT
         here = tl.load(at) != NOBODY
-        f = tl.load(factor + t * factor_t, mask=here, other=0.0).to(ACC)
-        worth += f
-        expected += tl.where(here, f * tl.load(at + 3), 0.0)
-        peak = tl.where(here, tl.load(at + 4), peak)
-        total = tl.where(here, tl.load(at + 5), total)
+        worth += tl.load(at + 3)
+        expected += tl.load(at + 4)
+        peak = tl.where(here, tl.load(at + 5), peak)
+        total = tl.where(here, tl.load(at + 6), total)
         live |= here
     c = worth
     if coefficient is not None:
@@ -291,13 +291,12 @@ def _long_kernel(
             for t in range(count):
                 at = kept + t * KEPT
                 place = tl.load(at).to(tl.int32)
-                f = tl.load(factor + t * factor_t, mask=place != NOBODY, other=0.0).to(ACC)
-                share = f * tl.load(at + 2, mask=place != NOBODY, other=0.0)
+                share = tl.load(at + 1)
                 q += tl.where(columns == place, share, 0.0)
                 if place == SEVERAL:
-                    t_begin = _teacher(teacher, offsets, teacher_t, place * 0 + t, ALIGNED)
-                    x = _load(t_begin, teacher_c, columns, inside, ACC)
-                    q += _powers(x, tl.load(at + 1), inverse, HARD) * share
+                    begin = _teacher(teacher, offsets, teacher_t, place * 0 + t, ALIGNED)
+                    x = _load(begin, teacher_c, columns, inside, ACC)
+                    q += _powers(x, tl.load(at + 2), inverse, HARD) * share
             excess = _load(student, student_c, columns, inside, ACC) - _finite(peak)
             if PLURALITY:
                 if walk == 0:
@@ -387,11 +386,12 @@ def _launch(
             )
             return
         kept = None
-        if together or output is not None:
+        if factor is not None:
             dtype = torch.float64 if double else torch.float32
             kept = student.new_empty((rows, count, KEPT.value), dtype=dtype)
         _walk_kernel[(rows * count,)](
             counted,
+            factor,
             student,
             teacher[0],
             offsets,
@@ -400,13 +400,13 @@ def _launch(
             count,
             width,
             *strides(counted, 2),
+            *strides(factor, 2),
             *votes,
             1.0 / temperature,
             **settings,
         )
         if kept is not None:
             _long_kernel[(rows,)](
-                factor,
                 student,
                 teacher[0],
                 offsets,
@@ -416,7 +416,6 @@ def _launch(
                 kept,
                 count,
                 width,
-                *strides(factor, 2),
                 *votes,
                 *result,
                 TOGETHER=together,
