@@ -4,7 +4,8 @@ A decision is a softmax of temperature 0: powers of the logits, 1 where a logit 
 else 0. Where a block holds every class, a program takes a row of the student and all its teachers:
 their logits are read once, and each vote is taken off the gradient at once. In longer rows a first
 kernel walks over a row of one teacher and leaves what its vote is made from; a second one adds up
-the votes. A decision is known by its class: only softmaxes and ties are read a second time.
+the votes. A decision is known by its class: only softmaxes and ties are read a second time. The
+votes of a plurality are added up first; then it is one more teacher, who decides for the winners.
 """
 
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ def _teacher(teacher, offsets, teacher_t, t, ALIGNED: tl.constexpr):
     """Return where teachers' logits begin: at equal distances, or where a table says."""
     if offsets is None:
         return teacher + t.to(tl.int64) * teacher_t
-    else:
+    else:  # Triton compiles what stands behind a return
         return teacher + tl.load(offsets + t) * ALIGNED
 
 
@@ -255,65 +256,48 @@ def _long_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Take a row: the loss of a vote together, and the gradient, from what walks have kept."""
-    row = tl.program_id(0).to(tl.int64)
+    """Take a block of a row: the gradient, and the loss of a mean; the votes for a plurality."""
+    blocks = tl.cdiv(width, BLOCK)
+    row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     inverse = tl.full([], inverse, ACC)
-    student += row * student_n
-    teacher += row * teacher_n
     kept += row * count * KEPT
-    peak = tl.zeros([], ACC)
-    total = tl.full([], 1.0, ACC)
+    teacher += row * teacher_n
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    q = tl.zeros([BLOCK], ACC)
     worth = tl.zeros([], ACC)
     expected = tl.zeros([], ACC)
+    peak = tl.zeros([], ACC)
+    total = tl.full([], 1.0, ACC)
     live = tl.full([], False, tl.int1)
     for t in range(count):
         at = kept + t * KEPT
-        here = tl.load(at) != NOBODY
+        place, share = tl.load(at).to(tl.int32), tl.load(at + 1)
+        here = place != NOBODY
+        live |= here
         worth += tl.load(at + 3)
         expected += tl.load(at + 4)
         peak = tl.where(here, tl.load(at + 5), peak)
         total = tl.where(here, tl.load(at + 6), total)
-        live |= here
-    c = worth
-    if coefficient is not None:
-        c = tl.load(coefficient + row * coefficient_n, mask=live, other=0.0).to(ACC)
-    PLURALITY: tl.constexpr = TOGETHER and HARD
-    least = tl.zeros([], ACC)  # share of a winner
-    if PLURALITY:  # of its winners, as much as is known; invalid if a teacher is
-        worth = tl.where(expected != expected, expected, 0.0)
-        expected = tl.zeros([], ACC)
-    # three walks: what the winners' share is, who has it, the gradient
-    for walk in range(0 if PLURALITY else 2, 2 if output is None else 3):
-        for start in range(0, width, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            inside = columns < width
-            q = tl.zeros([BLOCK], ACC)
-            for t in range(count):
-                at = kept + t * KEPT
-                place = tl.load(at).to(tl.int32)
-                share = tl.load(at + 1)
-                q += tl.where(columns == place, share, 0.0)
-                if place == SEVERAL:
-                    begin = _teacher(teacher, offsets, teacher_t, place * 0 + t, ALIGNED)
-                    x = _load(begin, teacher_c, columns, inside, ACC)
-                    q += _powers(x, tl.load(at + 2), inverse, HARD) * share
-            excess = _load(student, student_c, columns, inside, ACC) - _finite(peak)
-            if PLURALITY:
-                if walk == 0:
-                    least = tl.maximum(least, tl.max(q, 0) * TIED)
-                q = (q >= least).to(ACC)
-                if walk == 1:
-                    worth += tl.sum(q, 0)
-                    expected += tl.sum(_product(q, excess), 0)
-            if output is not None and walk == 2:
-                if TOGETHER:
-                    q *= c / _some(worth)
-                grad = tl.where(live, c / total * tl.exp(excess) - q, 0.0)
-                to = output + row * output_n + columns.to(tl.int64) * output_c
-                tl.store(to, grad.to(output.dtype.element_ty), mask=inside)
-    if TOGETHER and matrix is not None:
-        loss = tl.log(total) - expected / _some(worth)
-        tl.store(matrix + row, tl.where(live, loss, 0.0))
+        q += tl.where(columns == place, share, 0.0)
+        if place == SEVERAL:
+            begin = _teacher(teacher, offsets, teacher_t, place * 0 + t, ALIGNED)
+            x = _load(begin, teacher_c, columns, inside, ACC)
+            q += _powers(x, tl.load(at + 2), inverse, HARD) * share
+    if TOGETHER and not HARD:
+        mean = _some(worth)
+        if matrix is not None:
+            loss = tl.where(live, tl.log(total) - expected / mean, 0.0)
+            tl.store(matrix + row, loss, mask=block == 0)
+        if coefficient is not None:
+            worth = tl.load(coefficient + row * coefficient_n, mask=live, other=0.0).to(ACC)
+            q *= worth / mean
+    if output is not None:
+        if not (TOGETHER and HARD):
+            s = _load(student + row * student_n, student_c, columns, inside, ACC)
+            q = tl.where(live, worth / total * tl.exp(s - _finite(peak)) - q, 0.0)
+        to = output + row * output_n + columns.to(tl.int64) * output_c
+        tl.store(to, q.to(output.dtype.element_ty), mask=inside)
 
 
 def _offsets(teacher: Sequence[Tensor]) -> tuple[Tensor | None, int]:
@@ -343,25 +327,24 @@ def _launch(
     matrix: Tensor | None,
     gradients: Sequence[Tensor | None],
 ) -> None:
-    mask, _, student, teacher, weight, temperature, hard = args
+    mask, dims, student, teacher, weight, temperature, hard = args
     (output,), (rows, width), teacher = gradients, student.shape, _alike(teacher)
     if rows == 0:
         return
     count = teacher[0].shape[1] if teacher[0].dim() == 3 else len(teacher)
-    together, double = weight is not None, accumulate_type(student) == tl.float64
-    if weight is not None and mask is not None:
-        weight = weight.masked_fill(~mask, 0.0)
-    counted = weight if together else as_bytes(mask)
-    factor, coefficient = (weight, coefficient) if together else (coefficient, None)
     teacher_n, *teacher_t, teacher_c = teacher[0].stride()
-    offsets, aligned = _offsets(teacher)
-    votes = (*student.stride(), teacher_n, *(teacher_t or [0]), teacher_c)
-    result = (*strides(coefficient, 2)[:1], *strides(output, 2), 1.0 / temperature)
-    settings = {"ACC": accumulate_type(student), "HARD": hard, "ALIGNED": aligned}
+    logits_strides = *student.stride(), teacher_n, *(teacher_t or [0]), teacher_c
+    together, accumulate = weight is not None, accumulate_type(student)
+    counted, factor, own = as_bytes(mask), coefficient, None
+    if together:
+        counted = weight if mask is None else weight.masked_fill(~mask, 0.0)
+        factor, own = counted, coefficient
+    double = accumulate == tl.float64
     whole = width <= WHOLE >> double
     block = max(16, triton.next_power_of_2(width)) if whole else BLOCK >> double
-    tall = min(triton.next_power_of_2(count), max(1, (BLOCK >> double) // block))
-    settings["BLOCK"] = block
+    tall = min(triton.next_power_of_2(count), max(1, (BLOCK >> double) // block)) if whole else 1
+    offsets, aligned = _offsets(teacher)
+    settings = {"ACC": accumulate, "HARD": hard, "ALIGNED": aligned, "BLOCK": block}
     settings["num_warps"] = max(1, min(MOST, tall * block // (32 * HELD)))
     with on_device_of(student):
         if whole:
@@ -371,24 +354,28 @@ def _launch(
                 student,
                 teacher[0],
                 offsets,
-                coefficient,
+                own,
                 matrix,
                 output,
                 count,
                 width,
                 *strides(counted, 2),
                 *strides(factor, 2),
-                *votes,
-                *result,
+                *logits_strides,
+                *strides(own, 2)[:1],
+                *strides(output, 2),
+                1.0 / temperature,
                 TOGETHER=together,
                 TEACHERS=tall,
                 **settings,
             )
             return
-        kept = None
+        kept = votes = None
+        dtype = torch.float64 if double else torch.float32
         if factor is not None:
-            dtype = torch.float64 if double else torch.float32
             kept = student.new_empty((rows, count, KEPT.value), dtype=dtype)
+        if together and hard:
+            votes = student.new_empty((rows, width), dtype=dtype)
         _walk_kernel[(rows * count,)](
             counted,
             factor,
@@ -401,26 +388,33 @@ def _launch(
             width,
             *strides(counted, 2),
             *strides(factor, 2),
-            *votes,
+            *logits_strides,
             1.0 / temperature,
             **settings,
         )
-        if kept is not None:
-            _long_kernel[(rows,)](
+        if factor is not None:
+            to = output if votes is None else votes
+            _long_kernel[(rows * triton.cdiv(width, block),)](
                 student,
                 teacher[0],
                 offsets,
-                coefficient,
+                own,
                 matrix,
-                output,
+                to,
                 kept,
                 count,
                 width,
-                *votes,
-                *result,
+                *logits_strides,
+                *strides(own, 2)[:1],
+                *strides(to, 2),
+                1.0 / temperature,
                 TOGETHER=together,
                 **settings,
             )
+    if votes is not None:  # the plurality decides as one teacher would
+        won = votes >= votes.amax(-1, keepdim=True) * TIED.value
+        elected = torch.where(won, 0.0, -torch.inf)
+        _launch(coefficient, (mask, dims, student, [elected], None, 1.0, True), matrix, gradients)
 
 
 _loss = RowLoss(_launch, precise=(2,), differentiable=(2,))
