@@ -63,6 +63,15 @@ def _powers(x, most, inverse, HARD: tl.constexpr):
 
 
 @triton.jit
+def _step(most, x, inverse, HARD: tl.constexpr):
+    """Return the larger of two logits, and the powers of both beside it; x may be NaN."""
+    larger = tl.maximum(most, x)
+    power = _powers(tl.minimum(most, x), larger, inverse, HARD)
+    e = tl.where(x > most, 1.0, tl.where(x == x, power, x))
+    return larger, tl.where(x > most, power, 1.0), e
+
+
+@triton.jit
 def _teacher(teacher, offsets, teacher_t, t, ALIGNED: tl.constexpr):
     """Return where teachers' logits begin: at equal distances, or where a table says."""
     if offsets is None:
@@ -192,30 +201,35 @@ def _walk_kernel(
     inverse = tl.full([], inverse, ACC)
     student += row * student_n
     teacher = _teacher(teacher + row * teacher_n, offsets, teacher_t, t, ALIGNED)
-    peak = tl.full([], float("-inf"), ACC)
+    peak = tl.full([BLOCK], float("-inf"), ACC)
     most = peak
-    sums = tl.zeros([BLOCK], ACC)
-    total = sums
-    product = sums
+    s_total = tl.zeros([BLOCK], ACC)
+    total = s_total
+    product = s_total
     place = tl.zeros([BLOCK], tl.int32)
     for start in range(0, tl.where(here, width, 0), BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s = _load(student, student_c, columns, columns < width, ACC)
-        x = _load(teacher, teacher_c, columns, columns < width, ACC)
-        higher, larger = tl.maximum(peak, tl.max(s, 0)), tl.maximum(most, tl.max(x, 0))
-        sums = sums * _powers(peak, higher, 1.0, False) + _powers(s, higher, 1.0, False)
+        inside = columns < width
+        s = _load(student, student_c, columns, inside, ACC)
+        x = _load(teacher, teacher_c, columns, inside, ACC)
+        higher, s_scale, p = _step(peak, s, 1.0, False)
+        most, scale, e = _step(most, x, inverse, HARD)
+        s_total = s_total * s_scale + p
         product += total * (_finite(peak) - _finite(higher))
-        e, kept_power = _powers(x, larger, inverse, HARD), _powers(most, larger, inverse, HARD)
-        product = _product(kept_power, product) + _product(e, s - _finite(higher))
-        total = total * kept_power + e
+        product = _product(scale, product) + _product(e, s - _finite(higher))
+        total = total * scale + e
+        peak = higher
         if HARD:
             place = tl.where(e == 1.0, columns, place)
-        peak, most = higher, larger
+    highest, largest = tl.max(peak, 0), tl.max(most, 0)
+    scale = _powers(most, largest, inverse, HARD)
+    product += total * (_finite(peak) - _finite(highest))
+    total *= scale
     times = _some(tl.sum(total, 0))
-    sums_total = _some(tl.sum(sums, 0))
-    expected = tl.sum(product, 0) / times
+    expected = tl.sum(_product(scale, product), 0) / times
+    sums = _some(tl.sum(s_total * _powers(peak, highest, 1.0, False), 0))
     if matrix is not None:
-        tl.store(matrix + program, tl.where(here, tl.log(sums_total) - expected, 0.0))
+        tl.store(matrix + program, tl.where(here, tl.log(sums) - expected, 0.0))
     if factor is not None:
         f = tl.load(factor + row * factor_n + t * factor_t, mask=here, other=0.0).to(ACC)
         only = tl.sum(tl.where(total == 1.0, place, 0), 0)
@@ -223,11 +237,11 @@ def _walk_kernel(
         kept += program * KEPT
         tl.store(kept, tl.where(here, only, NOBODY).to(ACC))
         tl.store(kept + 1, tl.where(here, f / times, 0.0))
-        tl.store(kept + 2, most)
+        tl.store(kept + 2, largest)
         tl.store(kept + 3, f)
         tl.store(kept + 4, tl.where(here, f * expected, 0.0))
-        tl.store(kept + 5, peak)
-        tl.store(kept + 6, sums_total)
+        tl.store(kept + 5, highest)
+        tl.store(kept + 6, sums)
 
 
 @triton.jit
