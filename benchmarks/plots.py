@@ -34,11 +34,14 @@ def series(data: dict[str, Any], regime: str, axis: str) -> dict[str, Series]:
     return {loss: longest[loss] for loss in LOSSES if loss in longest}
 
 
+def _regime(data: dict[str, Any]) -> str:
+    return "gpu" if "gpu" in data else "warm"
+
+
 def figures(data: dict[str, Any]) -> dict[str, dict[str, Series]]:
     """The figures that results make: series by loss, by size and by file name."""
-    regime = "gpu" if "gpu" in data else "warm"
     stem = "dry-run" if data.get("dry_run") else machine.slug(data["machine"])
-    found = {axis: series(data, regime, axis) for axis in AXES}
+    found = {axis: series(data, _regime(data), axis) for axis in AXES}
     return {f"benchmark-{stem}-{axis}.png": drawn for axis, drawn in found.items() if drawn}
 
 
@@ -66,7 +69,10 @@ def _figure(found: dict[str, Series], axis: str, data: dict[str, Any], target: P
     with pyplot.rc_context(style):
         shape = (2, len(found)) if len(found) > 1 else (1, 2)
         figure, panels = pyplot.subplots(
-            *shape, figsize=(8, 3.1 * shape[0]), squeeze=False, layout="constrained"
+            *shape,
+            figsize=(max(8, 2.6 * shape[1]), 3.1 * shape[0]),
+            squeeze=False,
+            layout="constrained",
         )
         columns = panels.T if len(found) > 1 else panels
         for (time, memory), (loss, points) in zip(columns, found.items(), strict=True):
@@ -78,7 +84,7 @@ def _figure(found: dict[str, Series], axis: str, data: dict[str, Any], target: P
         handles = {h.get_label(): h for panel in panels.flat for h in panel.lines}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
         here = data["machine"]
-        title = f"{here.get('gpu', here['cpu'])}, {data['date']}"
+        title = f"{here.get('gpu', here['cpu'])}, {data['date']}, {_regime(data)}"
         if data.get("dry_run"):
             title = "a dry run at tiny sizes: these numbers mean nothing"
         figure.suptitle(title, fontsize=10)
@@ -103,6 +109,8 @@ def _memory(result: dict[str, Any]) -> tuple[dict[str, float | None], float]:
 
 def _panel(panel: Any, points: Series, axis: str, numbers: Any, unit: str) -> None:
     """Curves of a panel; the floor is the least time, or the gradients that a call returns."""
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for x, result in points:
         values, floor = numbers(result)
@@ -122,6 +130,10 @@ def _panel(panel: Any, points: Series, axis: str, numbers: Any, unit: str) -> No
     ticks = [x for x, _ in points]
     panel.set_xticks(ticks, [str(x) for x in ticks])
     panel.minorticks_off()
+    low, high = panel.get_ylim()
+    if high < 100 * low:  # few decades: numbers between them too
+        panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panel.set_xlabel(AXES[axis])
     panel.grid(alpha=0.3)
 

@@ -90,7 +90,7 @@ def report() -> str:
     found = devices()
     described = [[kind.upper(), text] for kind, texts in found.items() for text in texts]
     losses = [["loss", *(kind.upper() for kind in found)]]
-    for name in (loss.name for loss in ops.LOSSES):
+    for name in ops.NAMES:
         losses.append([name, *(implementation(name, kind) for kind in found)])
     facts = table([list(pair) for pair in versions()])
     return "\n\n".join((facts, table(described), extension(), table(losses)))

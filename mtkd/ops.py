@@ -134,6 +134,8 @@ LOSSES: tuple[Loss, ...] = (
     linear_kl_div,
 )
 
+NAMES = (*(loss.name for loss in LOSSES), "consensus")
+
 # Which kernels serve a row loss on a GPU, "triton" or "compiled": the measured faster of the two,
 # and Triton where nothing has been measured.
 ON_GPU = {
@@ -223,8 +225,8 @@ def _consensus_on_gpu(messages: list[torch.Tensor], *args: Any) -> Any:
 
 
 def _serve() -> dict[tuple[str, str], str]:
-    """Register the kernels for GPUs; return what serves row losses, by loss and device type."""
-    served = {(x.name, "cpu"): "compiled" for x in LOSSES if _has_kernel(f"mtkd::{x.name}", "CPU")}
+    """Register the kernels for GPUs; return what serves each operator, by name and device type."""
+    served = {(x, "cpu"): "compiled" for x in NAMES if _has_kernel(f"mtkd::{x}", "CPU")}
     for loss in (loss for loss in LOSSES if loss.name in ON_GPU):
         for role, operator in loss.kernels.items():
             served[loss.name, _GPU], kernel = _gpu_kernel(loss.name, role, operator)
@@ -235,6 +237,7 @@ def _serve() -> dict[tuple[str, str], str]:
         implement("scale_", _GPU.upper(), scale_)
     if _WITH_TRITON:
         implement("consensus", _GPU.upper(), _consensus_on_gpu)
+        served["consensus", _GPU] = "triton"
     return served
 
 

@@ -23,7 +23,7 @@ ALLOWED = {
     "packing": set(),
     "plan": set(),
     "reduction": set(),
-    "weighting": set(),
+    "weighting": {"reduction"},
     "information": set(),
     "triton": set(),
 }

@@ -80,6 +80,7 @@ CASES = [
     (row, {"mask": Z(N, 3, dtype=torch.bool)}, ValueError, r"mask: expected shape \(4, 2\)"),
     (row, {"denominator": 2.0, "reduction": "sum"}, ValueError, "denominator: .*mean"),
     (row, {"denominator": Z(2)}, ValueError, r"denominator: expected shape \(\), got \(2,\)"),
+    (row, {"denominator": -1.0}, ValueError, "denominator: expected a finite number.*got -1.0"),
     (row, {"denominator": "2"}, TypeError, "denominator: expected a number .*str"),
     (row, {"mode_logits": Z(N, 2, 2)}, ValueError, r"mean: .*\(4, 2, 8\), got shape \(4, 8\)"),
     (row, {"mean": [Z(1)], "log_std": [Z(1)], "target": [Z(1)]}, ValueError, "dims: .*None"),

@@ -111,14 +111,14 @@ def group_teachers(dims: Sequence[int] | None, **arguments: Any) -> list[Group]:
     return [Group(tensors, None, f"[{teacher}]") for teacher, tensors in rows]
 
 
-def check_teacher_logits(teacher: Any, student: Tensor) -> tuple[list[Tensor], int]:
+def check_teacher_logits(teacher: Any, student: Tensor, least: int = 1) -> tuple[list[Tensor], int]:
     """Check the teachers' logits beside a student's ``(*, C)``; return them and their number.
 
-    They are one tensor ``(*, T, C)``, or a sequence of T tensors ``(*, C)``.
+    They are one tensor ``(*, T, C)``, or a sequence of T tensors ``(*, C)``; C is at least `least`.
     """
-    if student.dim() < 1 or student.shape[-1] < 1:
+    if student.dim() < 1 or student.shape[-1] < least:
         shape = tuple(student.shape)
-        raise ValueError(f"student: expected shape (*, C), C at least 1, got shape {shape}")
+        raise ValueError(f"student: expected shape (*, C), C at least {least}, got shape {shape}")
     if is_sequence(teacher):
         if not teacher:
             raise ValueError("teacher: expected one tensor a teacher, got none")

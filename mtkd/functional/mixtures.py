@@ -63,11 +63,11 @@ def mixture_kl(
         TypeError: not a tensor, an integer dtype, a DTensor.
 
     Note:
-        Teacher after teacher, with some temporaries of ``(*, C)``. A logit of -inf is a class of
-        probability 0, and 0 log 0 = 0; where only the student's is 0 the loss is inf, and its
-        gradients those of the other classes. In the gradient to the weights a class is taken for at
-        least as probable as the least normal number of the dtype, 1e-38, so that teachers of weight
-        0 have a finite one.
+        A few teachers at a time, with some temporaries of ``(*, max(C, 4096))``. A logit of -inf is
+        a class of probability 0, and 0 log 0 = 0; where only the student's is 0 the loss is inf,
+        and its gradients those of the other classes. In the gradient to the weights a class is
+        taken for at least as probable as the least normal number of the dtype, 1e-38, so that
+        teachers of weight 0 have a finite one.
 
     Source:
         The routed teachers of Li et al., "MST-Distill", ACM Multimedia 2025, arXiv 2507.07015,
@@ -140,12 +140,12 @@ def dirichlet_mixture(
         TypeError: not a tensor, an integer dtype, a DTensor.
 
     Note:
-        Teacher after teacher, with some temporaries of ``(*, C)``, in log space. Densities grow
-        with :math:`\lambda`, and with them the rounding of a posterior: in float32 about
-        :math:`10^{-7} \lambda \log C` of it. A student's class of logit -inf makes the density of
-        every teacher 0 that gives it more; where it is 0 for all, the loss is inf and its gradients
-        are 0. The gradient to a weight of 0 stops growing where the teacher's density is e^80 times
-        the others'; to route with weights of 0, `mixture_kl` is the better loss.
+        A few teachers at a time, with some temporaries of ``(*, max(C, 4096))``, in log space.
+        Densities grow with :math:`\lambda`, and with them the rounding of a posterior: in float32
+        about :math:`10^{-7} \lambda \log C` of it. A student's class of logit -inf makes the
+        density of every teacher 0 that gives it more; where it is 0 for all, the loss is inf and
+        its gradients are 0. The gradient to a weight of 0 stops growing where the teacher's density
+        is e^80 times the others'; to route with weights of 0, `mixture_kl` is the better loss.
 
     Source:
         MT-BKD, multi-teacher Bayesian knowledge distillation.

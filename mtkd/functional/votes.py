@@ -10,7 +10,7 @@ from .. import ops
 from ..reduction import Weight, check_mask, check_weight, reduce
 from ..reference.columns import accumulate_dtype
 from ..reference.votes import largest, uniform, winners
-from .checks import check_number, check_shape, check_target, check_tensor, is_sequence
+from .checks import check_number, check_teacher_logits, check_tensor, is_sequence
 
 Tensors = Tensor | Sequence[Tensor]
 BY_TEACHER, TOGETHER = ("each", "soft"), ("plurality", "mean")
@@ -96,7 +96,7 @@ def majority_vote(
         raise ValueError(f"vote: expected one of {', '.join(VOTES)}, got {vote!r}")
     check_number("temperature", temperature, positive=True)
     check_tensor("student", student)
-    teachers, count = _teachers(teacher, student)
+    teachers, count = check_teacher_logits(teacher, student, least=2)
     leading, classes = student.shape[:-1], student.shape[-1]
     rows, dtype = leading.numel(), accumulate_dtype(student)
     votes, columns = None, count
@@ -156,7 +156,7 @@ def disagreement(student: Tensor, teacher: Tensors) -> Tensor:
         tensor([[0., 1., 0.]])
     """
     check_tensor("student", student)
-    teachers, _ = _teachers(teacher, student)
+    teachers, _ = check_teacher_logits(teacher, student, least=2)
     decision = largest(student.detach())
     agreed = [(largest(x) & decision).any(-1) for x in _each(teachers)]
     return 1.0 - torch.stack(agreed, -1).float()
@@ -211,7 +211,7 @@ def consensus_labels(
     check_tensor("teacher[0]" if is_sequence(teacher) else "teacher", like)
     if not is_sequence(teacher) and like.dim() > 1 and like.shape[-2]:
         like = like[..., 0, :]
-    teachers, count = _teachers(teacher, like)
+    teachers, count = check_teacher_logits(teacher, like, least=2)
     shape, device = (*like.shape[:-1], count), like.device
     votes = _votes(weight, mask, shape, accumulate_dtype(like), device).reshape(shape)
     total = votes.sum(-1, keepdim=True)
@@ -227,27 +227,6 @@ def consensus_labels(
     margin = margin.masked_fill(won.sum(-1, keepdim=True) > 1, 0.0)
     labels = labels.masked_fill((total == 0) | share.isnan(), NO_LABEL)
     return Consensus(labels.squeeze(-1), share.squeeze(-1), margin.squeeze(-1))
-
-
-def _teachers(teacher: Any, student: Tensor) -> tuple[list[Tensor], int]:
-    """Check the teachers' logits beside a student's; return them and their number."""
-    if student.dim() < 1 or student.shape[-1] < 2:
-        shape = tuple(student.shape)
-        raise ValueError(f"student: expected shape (*, C) with C at least 2, got shape {shape}")
-    if is_sequence(teacher):
-        if not teacher:
-            raise ValueError("teacher: expected one tensor a teacher, got none")
-        for t, each in enumerate(teacher):
-            check_target(f"teacher[{t}]", each, student.device)
-            check_shape(f"teacher[{t}]", each, student.shape)
-        return list(teacher), len(teacher)
-    check_target("teacher", teacher, student.device)
-    count = teacher.shape[-2] if teacher.dim() > 1 else 0
-    if not count:
-        shape = tuple(teacher.shape)
-        raise ValueError(f"teacher: expected shape (*, T, C), T at least 1, got shape {shape}")
-    check_shape("teacher", teacher, (*student.shape[:-1], count, student.shape[-1]))
-    return [teacher], count
 
 
 def _each(teachers: Sequence[Tensor]) -> Sequence[Tensor]:

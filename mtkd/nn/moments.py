@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..functional.checks import check_tensor
+from ..reduction import check_mask
 from ..reference.columns import expand_columns, segment_sum
-from .teachers import Teachers, Tensors, check_mask
+from .teachers import Teachers, Tensors
 
 # Numbers turned into float64 at a time: they should stay in a CPU's caches.
 _BLOCK = {"cpu": 1 << 18}

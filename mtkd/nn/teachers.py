@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..functional.checks import check_dims, check_shape, check_tensor, is_sequence
@@ -78,15 +77,3 @@ class Teachers(NamedTuple):
             if isinstance(argument, Mapping)
             else results
         )
-
-
-def check_mask(mask: Any, shape: Sequence[int], device: torch.device) -> None:
-    """Raise unless `mask` is a bool tensor ``(*, T)``, or None."""
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask: expected a bool tensor (True counts), got {got}")
-    check_shape("mask", mask, shape)
-    if mask.device != device:
-        raise ValueError(f"mask: expected device {device}, got {mask.device}")

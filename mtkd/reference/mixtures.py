@@ -15,10 +15,10 @@ With p the student's softmax, q_t teacher t's, w_t its weight and W the sum of t
     d loss / d w_t = 1 / W - r_t / w_t
     d loss / d k_t = -r_t (digamma(C + k_t) - sum_c q_tc digamma(1 + k_t q_tc) + sum_c q_tc log p_c)
 
-where a_t is the log-density of p under Dirichlet(1 + k_t q_t). Teachers are walked over one at a
-time: nothing of size ``(N, T, C)`` is made. Shapes: student ``(N, C)``; teacher one tensor
-``(N, T, C)`` or T tensors ``(N, C)``; weight, counted and concentration k ``(N, T)``; mask and
-loss ``(N, 1)``.
+where a_t is the log-density of p under Dirichlet(1 + k_t q_t). Teachers are walked over a few at a
+time, one where classes are many: nothing of size ``(N, T, C)`` is made. Shapes: student ``(N, C)``;
+teacher one tensor ``(N, T, C)`` or T tensors ``(N, C)``; weight, counted and concentration k ``(N,
+T)``; mask and loss ``(N, 1)``.
 """
 
 import math
@@ -29,11 +29,12 @@ from torch import Tensor
 
 from .columns import accumulate_dtype
 
+TOGETHER = 4096  # classes of a row, of several teachers, that are turned into probabilities at once
 FARTHEST = 80.0  # log-densities of teachers of weight 0 count as at most so far above the others'
 
 
 class _Rows:
-    """What both losses read: the student's log-probabilities, the weights, one teacher a time."""
+    """What both losses read: the student's log-probabilities, the weights, some teachers a time."""
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class _Rows:
         self.counted = counted
         self.weight = self.zero_uncounted(weight)
         self.log_p = torch.log_softmax(logits / temperature, -1)
-        self.teachers = teacher[0].unbind(1) if teacher[0].dim() == 3 else teacher
+        self.teachers = teacher
         total = self.weight.sum(-1, keepdim=True)
         self.total = total + (total == 0).to(self.dtype)
 
@@ -60,19 +61,26 @@ class _Rows:
         """Zero the entries of uncounted teachers."""
         return matrix if self.counted is None else matrix.masked_fill(~self.counted, 0.0)
 
-    def probabilities(self) -> Iterator[Tensor]:
-        """Yield each teacher's probabilities ``(N, C)``."""
-        for t, logits in enumerate(self.teachers):
-            logits = logits.to(self.dtype)
+    def probabilities(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield some teachers, and their probabilities ``(N, t, C)``."""
+        count, step = self.weight.shape[-1], max(1, TOGETHER // self.log_p.shape[-1])
+        for first in range(0, count, step):
+            some = slice(first, first + step)
+            logits = self._logits(some)
             if self.counted is not None:
-                logits = logits.masked_fill(~self.counted[:, t : t + 1], 0.0)
-            yield torch.softmax(logits / self.temperature, -1)
+                logits = logits.masked_fill(~self.counted[:, some, None], 0.0)
+            yield some, torch.softmax(logits / self.temperature, -1)
+
+    def _logits(self, some: slice) -> Tensor:
+        if self.teachers[0].dim() == 3:
+            return self.teachers[0][:, some].to(self.dtype)
+        return torch.stack([logits.to(self.dtype) for logits in self.teachers[some]], 1)
 
     def weighted_sum(self, weight: Tensor) -> Tensor:
         """Sum the teachers' probabilities times a weight ``(N, T)`` each."""
         total = torch.zeros_like(self.log_p)
-        for w, q in zip(weight.split(1, -1), self.probabilities(), strict=True):
-            total = total + w * q
+        for some, q in self.probabilities():
+            total = total + (weight[:, some, None] * q).sum(1)
         return total
 
 
@@ -128,7 +136,8 @@ def mixture_kl_gradient(
     p = rows.log_p.exp()
     to_student = grad / temperature * (p - q)
     ratio = _log_ratio(q, p, rows.log_p)
-    cross = torch.stack([(q_t * ratio).sum(-1) for q_t in rows.probabilities()], -1)
+    across = ratio.unsqueeze(1)
+    cross = torch.cat([(q_t * across).sum(-1) for _, q_t in rows.probabilities()], -1)
     to_weight = grad / rows.total * (cross - (q * ratio).sum(-1, keepdim=True))
     return to_student.to(student.dtype), rows.zero_uncounted(to_weight).to(weight.dtype)
 
@@ -136,25 +145,26 @@ def mixture_kl_gradient(
 def _log_densities(rows: _Rows, concentration: Tensor) -> Tensor:
     """Return a less lgamma(C), ``(N, T)``: small, so that posteriors keep their digits."""
     classes = rows.log_p.shape[-1]
-    impossible = rows.log_p == -torch.inf
-    log_p = rows.log_p.masked_fill(impossible, 0.0)
+    impossible = (rows.log_p == -torch.inf).unsqueeze(1)
+    log_p = rows.log_p.unsqueeze(1).masked_fill(impossible, 0.0)
     columns = []
-    for k, q in zip(concentration.split(1, -1), rows.probabilities(), strict=True):
-        extra = k * q
+    for some, q in rows.probabilities():
+        extra = concentration[:, some, None] * q
         column = (extra * log_p - torch.lgamma(1.0 + extra)).sum(-1)
         missed = (impossible & (extra > 0)).any(-1)
         columns.append(column.masked_fill(missed, -torch.inf))
     normaliser = torch.lgamma(classes + concentration.double()) - math.lgamma(classes)
-    return normaliser.to(rows.dtype) + torch.stack(columns, -1)
+    return normaliser.to(rows.dtype) + torch.cat(columns, -1)
 
 
 def _density_slopes(rows: _Rows, concentration: Tensor) -> Tensor:
     """Return the derivatives of a by the concentrations, ``(N, T)``."""
-    log_p = rows.log_p.masked_fill(rows.log_p == -torch.inf, 0.0)
+    log_p = rows.log_p.masked_fill(rows.log_p == -torch.inf, 0.0).unsqueeze(1)
     columns = []
-    for k, q in zip(concentration.split(1, -1), rows.probabilities(), strict=True):
-        columns.append((q * (log_p - torch.digamma(1.0 + k * q))).sum(-1))
-    return torch.digamma(rows.log_p.shape[-1] + concentration) + torch.stack(columns, -1)
+    for some, q in rows.probabilities():
+        extra = concentration[:, some, None] * q
+        columns.append((q * (log_p - torch.digamma(1.0 + extra))).sum(-1))
+    return torch.digamma(rows.log_p.shape[-1] + concentration) + torch.cat(columns, -1)
 
 
 def _likelihood(rows: _Rows, densities: Tensor) -> tuple[Tensor, Tensor, Tensor]:

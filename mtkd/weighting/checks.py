@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reduction import check_mask
+
 Tensors = Tensor | Sequence[Tensor]
 
 
@@ -29,20 +31,6 @@ def check_matrix(name: str, matrix: Any, mask: Any) -> None:
         shape = tuple(matrix.shape)
         raise ValueError(f"{name}: expected shape (*, T) with at least one teacher, got {shape}")
     check_mask(mask, tuple(matrix.shape), matrix.device)
-
-
-def check_mask(mask: Any, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raise unless `mask` is None or a bool tensor of this shape and device."""
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected a bool tensor (True counts), got {mask.dtype}")
-    if mask.shape != shape:
-        raise ValueError(f"mask: expected shape {shape}, got {tuple(mask.shape)}")
-    if mask.device != device:
-        raise ValueError(f"mask: expected device {device}, got {mask.device}")
 
 
 def check_logits(teacher: Any, mask: Any) -> tuple[Sequence[Tensor], torch.Size]:
