@@ -26,6 +26,7 @@ WHOLE = 4096  # classes that a block may hold, all of a row
 BLOCK = 1024  # of longer rows
 HELD = 8  # numbers of a block that a lane holds
 MOST = 16  # warps
+WARPS = 4  # of longer rows
 
 
 @triton.jit
@@ -359,7 +360,7 @@ def _launch(
     tall = min(triton.next_power_of_2(count), max(1, (BLOCK >> double) // block)) if whole else 1
     offsets, aligned = _offsets(teacher)
     settings = {"ACC": accumulate, "HARD": hard, "ALIGNED": aligned, "BLOCK": block}
-    settings["num_warps"] = max(1, min(MOST, tall * block // (32 * HELD)))
+    settings["num_warps"] = max(1, min(MOST, tall * block // (32 * HELD))) if whole else WARPS
     with on_device_of(student):
         if whole:
             _whole_kernel[(rows,)](
