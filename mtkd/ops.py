@@ -138,12 +138,18 @@ NAMES = (*(loss.name for loss in LOSSES), "consensus")
 
 # Which kernels serve a row loss on a GPU, "triton" or "compiled": the measured faster of the two,
 # and Triton where nothing has been measured.
-ON_GPU = {"gaussian_nll": "triton", "alignment": "triton", "kl_div": "triton"}
+ON_GPU = {
+    "gaussian_nll": "triton",
+    "alignment": "triton",
+    "majority_vote": "triton",
+    "kl_div": "triton",
+}
 
 _FAMILIES = {  # files of mtkd/triton
     "gaussian_nll": "gaussian",
     "linear_gaussian_nll": "linear_gaussian",
     "alignment": "alignment",
+    "majority_vote": "votes",
     "kl_div": "divergence",
     "consensus": "consensus",
     "scale_": "common",

@@ -297,11 +297,53 @@ def test_many_classes(vote):
     assert_close(grad, torch.autograd.grad(want.sum(), exact)[0], torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vote", VOTES)
+def test_rows_longer_than_a_block(vote, dtype):
+    """Classes far apart, and no other possible: what ties, -inf, NaN and masks give in short rows."""
+    student, teacher = inputs(rows=5, teachers=3, classes=9, dtype=dtype)
+    student, teacher = student.detach(), teacher.round()  # many ties
+    mask = torch.rand(5, 3, generator=torch.Generator().manual_seed(1)) > 0.3
+    mask[0], mask[1:3, 0], mask[1, 1] = False, True, False
+    teacher[1, 1] = nan  # not counted
+    teacher[2, 0, 4] = nan
+    student[3, 2] = -inf
+    teacher[3, :, 2] = -inf
+    places = torch.randperm(5000, generator=torch.Generator().manual_seed(2))[:9]
+    wide_student = student.new_full((5, 5000), -inf).index_copy(1, places, student)
+    wide_teacher = teacher.new_full((5, 3, 5000), -inf).index_copy(2, places, teacher)
+    options = {"vote": vote, "mask": mask, "reduction": "none"}
+    want, want_grad = value_and_grad(student.requires_grad_(), teacher, **options)
+    value, grad = value_and_grad(wide_student.requires_grad_(), wide_teacher, **options)
+    assert want[2].isnan().any()
+    assert want_grad[2].isnan().all()
+    assert grad[2].isnan().all()
+    valid = ~want.isnan()
+    assert torch.equal(value.isnan(), want.isnan())
+    assert_close(value[valid], want[valid], value.dtype)
+    rows = [0, 1, 3, 4]
+    assert_close(grad[rows][:, places], want_grad[rows], dtype)
+    assert not grad[rows].index_fill(1, places, 0.0).any()
+
+
 def test_a_thousand_teachers():
     student, teacher = inputs(rows=3, teachers=1024, classes=5)
+    mask = torch.rand(3, 1024, generator=torch.Generator().manual_seed(0)) > 0.4
+    mask[1] = False
     for vote in VOTES:
         want = cross_entropy(student, targets(teacher, vote)).mean()
         assert_close(F.majority_vote(student, teacher, vote=vote), want, DOUBLE)
+        options = {"vote": vote, "mask": mask, "reduction": "none"}
+        value, grad = value_and_grad(student, teacher, **options)
+        for row in (0, 2):
+            picked = teacher[row : row + 1, mask[row]]
+            alone = student[row : row + 1].detach().requires_grad_()
+            want, want_grad = value_and_grad(alone, picked, vote=vote, reduction="none")
+            kept = value[row][mask[row]] if vote in ("each", "soft") else value[row]
+            assert_close(kept, want[0], DOUBLE)
+            assert_close(grad[row], want_grad[0], DOUBLE)
+        assert not value[1].any()
+        assert not grad[1].any()
 
 
 @pytest.mark.parametrize("vote", VOTES)

@@ -1,9 +1,11 @@
-"""Majority vote in Triton: one kernel for the four operators of the loss.
+"""Majority vote in Triton: rows that a block holds in one kernel, longer rows in two.
 
-A program takes a row of the student and all its teachers. Where a block holds every class, each
-teacher's logits are read once, and its vote is taken off the gradient at once. Otherwise a first
-walk over the classes finds what each vote is made from; a decision is then known by its class, and
-only softmaxes and ties are read a second time, for the gradient.
+A decision is a softmax of temperature 0: powers of the logits, 1 where a logit is the largest and
+else 0. Where a block holds every class, a program takes a row of the student and all its teachers:
+their logits are read once, and each vote is taken off the gradient at once. In longer rows a first
+kernel walks over a row of one teacher and leaves what its vote is made from; a second one adds up
+the votes. A decision is known by its class: only softmaxes and ties are read a second time. The
+votes of a plurality are added up first; then it is one more teacher, who decides for the winners.
 """
 
 from collections.abc import Sequence
@@ -19,10 +21,12 @@ from .common import RowLoss, accumulate_type, as_bytes, on_device_of, strides
 
 TIED = tl.constexpr(1 - 1e-5)  # of the largest share of a vote; what has as much is its equal
 SEVERAL, NOBODY = tl.constexpr(-1), tl.constexpr(-2)  # in place of a vote's one class
+KEPT = tl.constexpr(7)  # numbers of a row and teacher that the second kernel reads
 WHOLE = 4096  # classes that a block may hold, all of a row
 BLOCK = 1024  # of longer rows
-HELD = 16  # numbers of a block that a lane holds
-MOST = 8  # warps
+HELD = 8  # numbers of a block that a lane holds
+MOST = 16  # warps
+WARPS = 4  # of longer rows
 
 
 @triton.jit
@@ -39,341 +43,287 @@ def _product(q, s):
 
 
 @triton.jit
-def _offset(offsets, teacher_t, t, ALIGNED: tl.constexpr):
-    """Return where a teacher's logits begin: at equal distances, or where a table says."""
-    if offsets is None:
-        offset = (tl.zeros([], tl.int64) + t) * teacher_t
-    else:
-        offset = tl.multiple_of(tl.load(offsets + t), ALIGNED)
-    return offset
+def _finite(most):
+    return tl.where(most == float("-inf"), 0.0, most)
 
 
 @triton.jit
-def _decision(x):
-    """Return a block's largest logit, where it is, and how often; NaN if the block holds one."""
-    most = tl.max(x, 0)
-    tied = (x == most) & (x > float("-inf"))
-    invalid = tl.sum((x != x).to(tl.int32), 0) > 0
-    times = tl.sum(tied.to(x.dtype), 0)
-    return tl.where(invalid, float("nan"), most), tied, tl.where(invalid, float("nan"), times)
+def _some(total):
+    """Return a sum to divide by: NaN in place of 0, where nothing was added."""
+    return tl.where(total == 0.0, float("nan"), total)
 
 
 @triton.jit
-def _whole_vote(x, scale, HARD: tl.constexpr):
-    """Return a teacher's vote, where a block holds every class; NaN where there is none."""
+def _powers(x, most, inverse, HARD: tl.constexpr):
+    """Return exp((x - most) / temperature), or of a decision the limit at 0; 0 of -inf."""
     if HARD:
-        _, tied, times = _decision(x)
-        vote = tied.to(x.dtype) / times
+        e = ((x == most) & (x > float("-inf"))).to(x.dtype)
+        return tl.where(x != x, x, e)
     else:
-        e = tl.exp((x - tl.max(x, 0)) * scale)
-        vote = e / tl.sum(e, 0)
-    return vote
+        return tl.exp((x - _finite(most)) * inverse)
 
 
 @triton.jit
-def _student(student, student_c, width, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the largest logit, and the sum of exponentials of what the others are less."""
-    most = tl.full([], float("-inf"), ACC)
-    total = tl.zeros([], ACC)
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        s = _load(student, student_c, columns, columns < width, ACC)
-        larger = tl.maximum(most, tl.max(s, 0))
-        finite = tl.where(larger == float("-inf"), 0.0, larger)
-        total = total * tl.exp(most - finite) + tl.sum(tl.exp(s - finite), 0)
-        most = larger
-    return most, tl.where(total == 0.0, float("nan"), total)
+def _step(most, x, inverse, HARD: tl.constexpr):
+    """Return the larger of two logits, and the powers of both beside it; x may be NaN."""
+    larger = tl.maximum(most, x)
+    power = _powers(tl.minimum(most, x), larger, inverse, HARD)
+    e = tl.where(x > most, 1.0, tl.where(x == x, power, x))
+    return larger, tl.where(x > most, power, 1.0), e
 
 
 @triton.jit
-def _walk(
-    teacher,
-    teacher_c,
-    student,
-    student_c,
-    peak,
-    scale,
-    width,
-    HARD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Return a vote's largest logit, its sum, its product with the student's excess, its class."""
-    ACC: tl.constexpr = peak.dtype
-    most = tl.full([], float("-inf"), ACC)
-    total = tl.zeros([], ACC)
-    product = tl.zeros([], ACC)
-    place = tl.full([], -1, tl.int32)
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < width
-        x = _load(teacher, teacher_c, columns, inside, ACC)
-        excess = _load(student, student_c, columns, inside, ACC) - peak
-        if HARD:
-            largest, q, times = _decision(x)
-            products = tl.sum(tl.where(q, excess, 0.0), 0)
-            found = tl.max(tl.where(q, columns, -1), 0)
-            kept = tl.where(largest < most, 0.0, 1.0)  # of this block, and of those before
-            before = tl.where(most < largest, 0.0, 1.0)
-            product = tl.where(before > 0, product, 0.0) + tl.where(kept > 0, products, 0.0)
-            place = tl.where(kept > 0, found, place)
-            total = before * total + kept * times
-            most = tl.where(kept > 0, largest, most)
-        else:
-            larger = tl.maximum(most, tl.max(x, 0))
-            finite = tl.where(larger == float("-inf"), 0.0, larger)
-            e = tl.exp((x - finite) * scale)
-            factor = tl.exp((most - finite) * scale)
-            total = total * factor + tl.sum(e, 0)
-            product = _product(factor, product) + tl.sum(_product(e, excess), 0)
-            most = larger
-    place = tl.where(total == 1.0, place, SEVERAL)
-    return most, tl.where(total == 0.0, float("nan"), total), product, place
+def _teacher(teacher, offsets, teacher_t, t, ALIGNED: tl.constexpr):
+    """Return where teachers' logits begin: at equal distances, or where a table says."""
+    if offsets is None:
+        return teacher + t.to(tl.int64) * teacher_t
+    else:  # Triton compiles what stands behind a return
+        return teacher + tl.load(offsets + t) * ALIGNED
 
 
 @triton.jit
-def _votes(
-    teacher,
-    offsets,
-    teacher_t,
-    teacher_c,
-    statistics,
-    classes,
-    factors,
-    count,
-    columns,
-    inside,
-    scale,
-    HARD: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Return the sum of all teachers' votes, times their factors, of a block of classes."""
-    ACC: tl.constexpr = scale.dtype
-    q = tl.zeros([BLOCK], ACC)
-    for t in range(count):
-        place = tl.load(classes + t)
-        share = tl.load(factors + t) / tl.load(statistics + 2 * t + 1)
-        if place >= 0:
-            q += tl.where(columns == place, share, 0.0)
-        elif place == SEVERAL:
-            most = tl.load(statistics + 2 * t)
-            at = teacher + _offset(offsets, teacher_t, t, ALIGNED)
-            x = _load(at, teacher_c, columns, inside, ACC)
-            if HARD:
-                q += tl.where((x == most) & (x > float("-inf")), share, share * 0.0)
-            else:
-                q += tl.exp((x - most) * scale) * share
-    return q
-
-
-@triton.jit
-def _kernel(
-    mask,
-    weight,
+def _whole_kernel(
+    counted,
+    factor,
     student,
     teacher,
     offsets,
     coefficient,
     matrix,
     output,
-    statistics,
-    classes,
-    factors,
     count,
     width,
-    mask_n,
-    mask_k,
-    weight_n,
-    weight_t,
+    counted_n,
+    counted_t,
+    factor_n,
+    factor_t,
     student_n,
     student_c,
     teacher_n,
     teacher_t,
     teacher_c,
     coefficient_n,
-    coefficient_k,
     output_n,
     output_c,
-    scale: tl.float64,
+    inverse: tl.float64,  # a plain number would come as float32
     ACC: tl.constexpr,
+    TOGETHER: tl.constexpr,
     HARD: tl.constexpr,
-    WHOLE: tl.constexpr,
     ALIGNED: tl.constexpr,
     TEACHERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Take a row, all of whose classes the block holds; without factors there is no gradient."""
     row = tl.program_id(0).to(tl.int64)
-    TOGETHER: tl.constexpr = weight is not None
-    scale = tl.full([], scale, ACC)
-    student += row * student_n
-    teacher += row * teacher_n
-    if statistics is not None:
-        statistics += row * count * 2
-        classes += row * count
-        factors += row * count
-    # what the votes are worth: in the gradient, or for a plurality among themselves
-    t = tl.arange(0, TEACHERS)
-    voters = t < count
-    if TOGETHER:
-        weights = tl.load(weight + row * weight_n + t * weight_t, mask=voters, other=0.0).to(ACC)
-        everything = tl.sum(weights, 0)
-        live = everything != 0.0
-        if mask is not None:
-            live = tl.load(mask + row * mask_n) != 0
-        worth = tl.zeros([], ACC)
-        if coefficient is not None:
-            worth += tl.load(coefficient + row * coefficient_n, mask=live, other=0.0).to(ACC)
-    else:
-        counted = voters
-        if mask is not None:
-            counted &= tl.load(mask + row * mask_n + t * mask_k, mask=voters, other=0) != 0
-        live = tl.sum(counted.to(tl.int32), 0) > 0
-        worth = tl.zeros([], ACC)
-        if coefficient is not None:
-            c = coefficient + row * coefficient_n + t * coefficient_k
-            worth += tl.sum(tl.load(c, mask=counted, other=0.0).to(ACC), 0)
-
+    inverse = tl.full([], inverse, ACC)
     columns = tl.arange(0, BLOCK)
-    peak, total = _student(student, student_c, width, ACC, BLOCK)
-    log_total = tl.log(total)
-    excess = tl.zeros([BLOCK], ACC)
-    if WHOLE:
-        excess = _load(student, student_c, columns, columns < width, ACC) - peak
-    q = tl.zeros([BLOCK], ACC)  # of all votes, where a block holds every class
-    mean = tl.zeros([], ACC)
-    for i in range(count):
-        here = live
-        if TOGETHER:
-            factor = tl.load(weight + row * weight_n + i * weight_t).to(ACC)
-            here = here & (factor != 0.0)
-            if not HARD:
-                factor /= everything
-        else:
-            factor = tl.zeros([], ACC)
-            if mask is not None:
-                here = here & (tl.load(mask + row * mask_n + i * mask_k) != 0)
-            if coefficient is not None:
-                factor += tl.load(coefficient + row * coefficient_n + i * coefficient_k).to(ACC)
-        expected = tl.zeros([], ACC)
-        place = tl.full([], NOBODY, tl.int32)
-        most = tl.zeros([], ACC)
-        times = tl.full([], 1.0, ACC)
-        if here:
-            at = teacher + _offset(offsets, teacher_t, i, ALIGNED)
-            if WHOLE:
-                x = _load(at, teacher_c, columns, columns < width, ACC)
-                vote = _whole_vote(x, scale, HARD)
-                expected += tl.sum(_product(vote, excess), 0)
-                q += factor * vote
-            else:
-                most, times, products, place = _walk(
-                    at, teacher_c, student, student_c, peak, scale, width, HARD, BLOCK
-                )
-                expected += products / times
-        if not WHOLE:
-            tl.store(statistics + 2 * i, most)
-            tl.store(statistics + 2 * i + 1, times)
-            tl.store(classes + i, place)
-            tl.store(factors + i, factor)
-        if TOGETHER:
-            mean += tl.where(here, factor * expected, 0.0)
-        elif matrix is not None:
-            tl.store(matrix + row * count + i, tl.where(here, log_total - expected, 0.0))
-
-    if not WHOLE:
-        tl.debug_barrier()  # what one lane stored, all will read
-    best = tl.full([], float("-inf"), ACC)
-    shared = tl.zeros([], ACC)
-    if TOGETHER and HARD:  # the plurality: its share of votes, then who has it
-        mean = tl.zeros([], ACC)
-        for start in range(0, width, BLOCK):
-            inside = start + columns < width
-            if not WHOLE:
-                q = _votes(
-                    teacher,
-                    offsets,
-                    teacher_t,
-                    teacher_c,
-                    statistics,
-                    classes,
-                    factors,
-                    count,
-                    start + columns,
-                    inside,
-                    scale,
-                    HARD,
-                    ALIGNED,
-                    BLOCK,
-                )
-            best = tl.maximum(best, tl.max(tl.where(inside, q, float("-inf")), 0))
-            invalid = tl.sum((q != q).to(tl.int32), 0) > 0
-            shared = tl.where(invalid, float("nan"), shared)
-        for start in range(0, width, BLOCK):
-            inside = start + columns < width
-            if not WHOLE:
-                excess = _load(student, student_c, start + columns, inside, ACC) - peak
-                q = _votes(
-                    teacher,
-                    offsets,
-                    teacher_t,
-                    teacher_c,
-                    statistics,
-                    classes,
-                    factors,
-                    count,
-                    start + columns,
-                    inside,
-                    scale,
-                    HARD,
-                    ALIGNED,
-                    BLOCK,
-                )
-            won = inside & (q >= best * TIED)
-            shared += tl.sum(won.to(ACC), 0)
-            mean += tl.sum(tl.where(won, excess, 0.0), 0)
-        mean /= shared
-    if TOGETHER and matrix is not None:
-        tl.store(matrix + row, tl.where(live, log_total - mean, 0.0))
-
+    inside = columns < width
+    s = _load(student + row * student_n, student_c, columns, inside, ACC)
+    excess = s - _finite(tl.max(s, 0))
+    total = _some(tl.sum(tl.exp(excess), 0))
+    log = tl.log(total)
+    q = tl.zeros([TEACHERS, BLOCK], ACC)  # sums are by lane
+    worth = tl.zeros([TEACHERS], ACC)
+    expected = tl.zeros([TEACHERS], ACC)
+    live = tl.zeros([TEACHERS], tl.int1)
+    for start in range(0, count, TEACHERS):
+        t = start + tl.arange(0, TEACHERS)
+        here = t < count
+        if counted is not None:
+            here &= tl.load(counted + row * counted_n + t * counted_t, mask=here, other=0) != 0
+        at = _teacher(teacher + row * teacher_n, offsets, teacher_t, tl.where(here, t, 0), ALIGNED)
+        x = _load(at[:, None], teacher_c, columns[None, :], here[:, None] & inside[None, :], ACC)
+        e = _powers(x, tl.max(x, 1)[:, None], inverse, HARD)
+        vote = e / _some(tl.sum(e, 1))[:, None]
+        product = tl.sum(_product(vote, excess[None, :]), 1)
+        if not TOGETHER and matrix is not None:
+            tl.store(matrix + row * count + t, tl.where(here, log - product, 0.0), mask=t < count)
+        if factor is not None:
+            f = tl.load(factor + row * factor_n + t * factor_t, mask=here, other=0.0).to(ACC)
+            q += tl.where(here[:, None], f[:, None] * vote, 0.0)
+            worth += f
+            if TOGETHER:
+                expected += tl.where(here, f * product, 0.0)
+        live |= here
+    q = tl.sum(q, 0)
+    worth = tl.sum(worth, 0)
+    live = tl.max(live.to(tl.int32), 0) > 0
+    if TOGETHER:
+        expected = tl.sum(expected, 0)
+        if HARD:  # shared by the winners
+            q = (q >= tl.max(q, 0) * TIED).to(ACC)
+            worth = tl.where(expected != expected, expected, tl.sum(q, 0))
+            expected = tl.sum(_product(q, excess), 0)
+        worth = _some(worth)
+        if matrix is not None:
+            tl.store(matrix + row, tl.where(live, log - expected / worth, 0.0))
     if output is not None:
-        for start in range(0, width, BLOCK):
-            inside = start + columns < width
-            if not WHOLE:
-                excess = _load(student, student_c, start + columns, inside, ACC) - peak
-                q = _votes(
-                    teacher,
-                    offsets,
-                    teacher_t,
-                    teacher_c,
-                    statistics,
-                    classes,
-                    factors,
-                    count,
-                    start + columns,
-                    inside,
-                    scale,
-                    HARD,
-                    ALIGNED,
-                    BLOCK,
-                )
-            if TOGETHER and HARD:
-                q = tl.where(q >= best * TIED, worth, 0.0) / shared
-            elif TOGETHER:
-                q *= worth
-            grad = worth / total * tl.exp(excess) - q
-            grad = tl.where(live, grad, 0.0)
-            at = output + row * output_n + (start + columns).to(tl.int64) * output_c
-            tl.store(at, grad.to(output.dtype.element_ty), mask=inside)
+        if TOGETHER:
+            c = tl.load(coefficient + row * coefficient_n, mask=live, other=0.0).to(ACC)
+            q *= c / worth
+            worth = c
+        grad = tl.where(live, worth / total * tl.exp(excess) - q, 0.0)
+        to = output + row * output_n + columns.to(tl.int64) * output_c
+        tl.store(to, grad.to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _walk_kernel(
+    counted,
+    factor,
+    student,
+    teacher,
+    offsets,
+    matrix,
+    kept,
+    count,
+    width,
+    counted_n,
+    counted_t,
+    factor_n,
+    factor_t,
+    student_n,
+    student_c,
+    teacher_n,
+    teacher_t,
+    teacher_c,
+    inverse: tl.float64,
+    ACC: tl.constexpr,
+    HARD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Take a row of one teacher: its loss, and what its vote is made from; sums are by lane."""
+    program = tl.program_id(0).to(tl.int64)
+    row, t = program // count, program % count
+    here = tl.full([], True, tl.int1)
+    if counted is not None:
+        here = tl.load(counted + row * counted_n + t * counted_t) != 0
+    inverse = tl.full([], inverse, ACC)
+    student += row * student_n
+    teacher = _teacher(teacher + row * teacher_n, offsets, teacher_t, t, ALIGNED)
+    peak = tl.full([BLOCK], float("-inf"), ACC)
+    most = peak
+    s_total = tl.zeros([BLOCK], ACC)
+    total = s_total
+    product = s_total
+    place = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, tl.where(here, width, 0), BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < width
+        s = _load(student, student_c, columns, inside, ACC)
+        x = _load(teacher, teacher_c, columns, inside, ACC)
+        higher, s_scale, p = _step(peak, s, 1.0, False)
+        most, scale, e = _step(most, x, inverse, HARD)
+        s_total = s_total * s_scale + p
+        product += total * (_finite(peak) - _finite(higher))
+        product = _product(scale, product) + _product(e, s - _finite(higher))
+        total = total * scale + e
+        peak = higher
+        if HARD:
+            place = tl.where(e == 1.0, columns, place)
+    highest, largest = tl.max(peak, 0), tl.max(most, 0)
+    scale = _powers(most, largest, inverse, HARD)
+    product += total * (_finite(peak) - _finite(highest))
+    total *= scale
+    times = _some(tl.sum(total, 0))
+    expected = tl.sum(_product(scale, product), 0) / times
+    sums = _some(tl.sum(s_total * _powers(peak, highest, 1.0, False), 0))
+    if matrix is not None:
+        tl.store(matrix + program, tl.where(here, tl.log(sums) - expected, 0.0))
+    if factor is not None:
+        f = tl.load(factor + row * factor_n + t * factor_t, mask=here, other=0.0).to(ACC)
+        only = tl.sum(tl.where(total == 1.0, place, 0), 0)
+        only = tl.where(HARD & (times == 1.0), only, SEVERAL)
+        kept += program * KEPT
+        tl.store(kept, tl.where(here, only, NOBODY).to(ACC))
+        tl.store(kept + 1, tl.where(here, f / times, 0.0))
+        tl.store(kept + 2, largest)
+        tl.store(kept + 3, f)
+        tl.store(kept + 4, tl.where(here, f * expected, 0.0))
+        tl.store(kept + 5, highest)
+        tl.store(kept + 6, sums)
+
+
+@triton.jit
+def _long_kernel(
+    student,
+    teacher,
+    offsets,
+    coefficient,
+    matrix,
+    output,
+    kept,
+    count,
+    width,
+    student_n,
+    student_c,
+    teacher_n,
+    teacher_t,
+    teacher_c,
+    coefficient_n,
+    output_n,
+    output_c,
+    inverse: tl.float64,
+    ACC: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    HARD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Take a block of a row: the gradient, and the loss of a mean; the votes for a plurality."""
+    blocks = tl.cdiv(width, BLOCK)
+    row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    inverse = tl.full([], inverse, ACC)
+    kept += row * count * KEPT
+    teacher += row * teacher_n
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    q = tl.zeros([BLOCK], ACC)
+    worth = tl.zeros([], ACC)
+    expected = tl.zeros([], ACC)
+    peak = tl.zeros([], ACC)
+    total = tl.full([], 1.0, ACC)
+    live = tl.full([], False, tl.int1)
+    for t in range(count):
+        at = kept + t * KEPT
+        place, share = tl.load(at).to(tl.int32), tl.load(at + 1)
+        here = place != NOBODY
+        live |= here
+        worth += tl.load(at + 3)
+        expected += tl.load(at + 4)
+        peak = tl.where(here, tl.load(at + 5), peak)
+        total = tl.where(here, tl.load(at + 6), total)
+        q += tl.where(columns == place, share, 0.0)
+        if place == SEVERAL:
+            begin = _teacher(teacher, offsets, teacher_t, place * 0 + t, ALIGNED)
+            x = _load(begin, teacher_c, columns, inside, ACC)
+            q += _powers(x, tl.load(at + 2), inverse, HARD) * share
+    if TOGETHER and not HARD:
+        mean = _some(worth)
+        if matrix is not None:
+            loss = tl.where(live, tl.log(total) - expected / mean, 0.0)
+            tl.store(matrix + row, loss, mask=block == 0)
+        if coefficient is not None:
+            worth = tl.load(coefficient + row * coefficient_n, mask=live, other=0.0).to(ACC)
+            q *= worth / mean
+    if output is not None:
+        if not (TOGETHER and HARD):
+            s = _load(student + row * student_n, student_c, columns, inside, ACC)
+            q = tl.where(live, worth / total * tl.exp(s - _finite(peak)) - q, 0.0)
+        to = output + row * output_n + columns.to(tl.int64) * output_c
+        tl.store(to, q.to(output.dtype.element_ty), mask=inside)
 
 
 def _offsets(teacher: Sequence[Tensor]) -> tuple[Tensor | None, int]:
-    """Return a table of where separate teachers begin, beside the first, and what divides it."""
+    """Return a table of where separate teachers begin, beside the first, and its unit."""
     if len(teacher) == 1:
         return None, 1
     first, size = teacher[0].data_ptr(), teacher[0].element_size()
     places = [(each.data_ptr() - first) // size for each in teacher]
     aligned = 8 if all(place % 8 == 0 for place in places) else 1
-    return torch.tensor(places).to(teacher[0].device, non_blocking=True), aligned
+    steps = torch.tensor([place // aligned for place in places])
+    return steps.to(teacher[0].device, non_blocking=True), aligned
 
 
 def _alike(teacher: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -392,56 +342,94 @@ def _launch(
     matrix: Tensor | None,
     gradients: Sequence[Tensor | None],
 ) -> None:
-    mask, _, student, teacher, weight, temperature, hard = args
+    mask, dims, student, teacher, weight, temperature, hard = args
     (output,), (rows, width), teacher = gradients, student.shape, _alike(teacher)
     if rows == 0:
         return
-    packed = teacher[0].dim() == 3
-    count = teacher[0].shape[1] if packed else len(teacher)
+    count = teacher[0].shape[1] if teacher[0].dim() == 3 else len(teacher)
     teacher_n, *teacher_t, teacher_c = teacher[0].stride()
-    accumulate = accumulate_type(student)
+    logits_strides = *student.stride(), teacher_n, *(teacher_t or [0]), teacher_c
+    together, accumulate = weight is not None, accumulate_type(student)
+    counted, factor, own = as_bytes(mask), coefficient, None
+    if together:
+        counted = weight if mask is None else weight.masked_fill(~mask, 0.0)
+        factor, own = counted, coefficient
     double = accumulate == tl.float64
     whole = width <= WHOLE >> double
     block = max(16, triton.next_power_of_2(width)) if whole else BLOCK >> double
-    statistics = classes = factors = None
-    if not whole:
-        dtype = torch.float64 if double else torch.float32
-        statistics = student.new_empty((rows, count, 2), dtype=dtype)
-        factors = student.new_empty((rows, count), dtype=dtype)
-        classes = student.new_empty((rows, count), dtype=torch.int32)
+    tall = min(triton.next_power_of_2(count), max(1, (BLOCK >> double) // block)) if whole else 1
     offsets, aligned = _offsets(teacher)
+    settings = {"ACC": accumulate, "HARD": hard, "ALIGNED": aligned, "BLOCK": block}
+    settings["num_warps"] = max(1, min(MOST, tall * block // (32 * HELD))) if whole else WARPS
     with on_device_of(student):
-        _kernel[(rows,)](
-            as_bytes(mask),
-            weight,
+        if whole:
+            _whole_kernel[(rows,)](
+                counted,
+                factor,
+                student,
+                teacher[0],
+                offsets,
+                own,
+                matrix,
+                output,
+                count,
+                width,
+                *strides(counted, 2),
+                *strides(factor, 2),
+                *logits_strides,
+                *strides(own, 2)[:1],
+                *strides(output, 2),
+                1.0 / temperature,
+                TOGETHER=together,
+                TEACHERS=tall,
+                **settings,
+            )
+            return
+        kept = votes = None
+        dtype = torch.float64 if double else torch.float32
+        if factor is not None:
+            kept = student.new_empty((rows, count, KEPT.value), dtype=dtype)
+        if together and hard:
+            votes = student.new_empty((rows, width), dtype=dtype)
+        _walk_kernel[(rows * count,)](
+            counted,
+            factor,
             student,
             teacher[0],
             offsets,
-            coefficient,
-            matrix,
-            output,
-            statistics,
-            classes,
-            factors,
+            None if together else matrix,
+            kept,
             count,
             width,
-            *strides(mask, 2),
-            *strides(weight, 2),
-            *student.stride(),
-            teacher_n,
-            *(teacher_t or [0]),
-            teacher_c,
-            *strides(coefficient, 2),
-            *strides(output, 2),
+            *strides(counted, 2),
+            *strides(factor, 2),
+            *logits_strides,
             1.0 / temperature,
-            ACC=accumulate,
-            HARD=hard,
-            WHOLE=whole,
-            ALIGNED=aligned,
-            TEACHERS=triton.next_power_of_2(count),
-            BLOCK=block,
-            num_warps=max(1, min(MOST, block // (32 * HELD >> double))),
+            **settings,
         )
+        if factor is not None:
+            to = output if votes is None else votes
+            _long_kernel[(rows * triton.cdiv(width, block),)](
+                student,
+                teacher[0],
+                offsets,
+                own,
+                matrix,
+                to,
+                kept,
+                count,
+                width,
+                *logits_strides,
+                *strides(own, 2)[:1],
+                *strides(to, 2),
+                1.0 / temperature,
+                TOGETHER=together,
+                **settings,
+            )
+    if votes is not None:  # the plurality decides as one teacher would
+        won = votes >= votes.amax(-1, keepdim=True) * TIED.value
+        elected = torch.where(won, 0.0, -torch.inf)
+        _launch(coefficient, (mask, dims, student, [elected], None, 1.0, True), matrix, gradients)
 
 
 _loss = RowLoss(_launch, precise=(2,), differentiable=(2,))
