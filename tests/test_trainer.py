@@ -210,6 +210,13 @@ def test_information_is_the_gain_over_constant_heads(tmp_path):
         assert logs[f"information/{name}"] == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
+def test_information_waits_for_statistics(tmp_path):
+    trainer = DistillationTrainer(
+        network(), gaussian(), Store(), arguments(tmp_path), eval_dataset=vectors()
+    )
+    assert not [key for key in trainer.evaluate() if "information" in key]
+
+
 def test_information_is_known_for_gaussians():
     """Of correlation .8: the best heads' loss is log sqrt(1 - .64) + 1/2; the gain, I(T; S)."""
     nll = torch.tensor([0.5 * np.log(1 - 0.64) + 0.5])

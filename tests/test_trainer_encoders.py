@@ -48,6 +48,21 @@ def batch(samples):
     }
 
 
+class Tokens(torch.nn.Module):
+    """A model that does not ask which tokens are padding."""
+
+    def forward(self, input_ids):
+        return input_ids.float().unsqueeze(-1)
+
+
+def test_pooling_knows_padding_that_the_model_does_not():
+    given = batch(texts(4)[1::2])
+    for encoder in (Encoder(Tokens(), "mean"), Encoder(Tokens(), "mean", inputs=("input_ids",))):
+        assert "attention_mask" in encoder.keys
+        expected = given["input_ids"][:, :5].float().mean(1, keepdim=True)
+        torch.testing.assert_close(encoder(given), expected)
+
+
 def test_padding_does_not_move_an_embedding():
     model, given = bert().eval(), batch(texts(4)[1::2])
     short = {key: value[:, :5] if value.dim() > 1 else value for key, value in given.items()}

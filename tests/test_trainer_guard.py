@@ -105,6 +105,37 @@ def test_a_bad_gradient_of_a_good_loss_is_skipped_too(tmp_path, caplog):
     assert caplog.records[0].getMessage().startswith(expected)
 
 
+class Counting(Encoder):
+    """Counts its calls in a buffer that it replaces, not fills."""
+
+    def __init__(self, model):
+        super().__init__(model.model, inputs=("x",))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, batch):
+        self.calls = self.calls + 1
+        return super().forward(batch)
+
+
+def test_a_bad_loss_of_a_good_gradient_is_skipped_too(tmp_path):
+    steps = iter((0.0, torch.nan))
+
+    def loss(student, targets, mask):
+        good = (student[:, :1] - targets[:, :1]) ** 2 + 0.0 * student.sum()
+        return good.expand(-1, 2) + next(steps)
+
+    args = arguments(tmp_path, max_steps=2, learning_rate=1e-2)
+    student, watch = Counting(network()), Watch()
+    data = vectors()
+    trainer = DistillationTrainer(
+        student, loss, Store(missing=0.0), args, train_dataset=data, callbacks=[watch]
+    )
+    trainer.train()
+    assert trainer.guard.skipped == 1
+    assert student.calls == 1
+    torch.testing.assert_close(watch.states[1], watch.states[0], rtol=0, atol=0)
+
+
 def test_too_many_bad_steps_stop_the_run(tmp_path):
     data, store = spoilt(range(8, 64), "input")
     trainer, _ = guarded(tmp_path, data, store, max_steps=8, max_skipped=2)
@@ -118,7 +149,7 @@ def test_the_count_outlives_the_run(tmp_path):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3}
     guarded(tmp_path, data, store, **options)[0].train()
     state = json.loads((tmp_path / "checkpoint-3" / "distillation.json").read_text())
-    assert state == {"skipped": 1}
+    assert state == {"skipped": 1, "teachers": [["cnn", 3], ["pca", 5]]}
     resumed, _ = guarded(tmp_path, data, store, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.guard.skipped == 1
@@ -214,6 +245,18 @@ def test_what_does_not_fit_is_told_at_once(tmp_path, options, error, message):
     given = {"student": network(), "objective": gaussian(), "targets": Store()} | options
     with pytest.raises(error, match=message):
         DistillationTrainer(**given, args=arguments(tmp_path))
+
+
+def test_teachers_in_the_loop_are_those_of_the_heads(tmp_path):
+    one, other = (Encoder(nn.Linear(8, width), inputs=("x",)) for width in (3, 5))
+    swapped = TeacherModels({"pca": other, "cnn": one})
+    args = arguments(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=r"targets: expected the teachers of .* got pca, cnn"):
+        DistillationTrainer(network(), gaussian(), swapped, args, train_dataset=vectors())
+    wider = TeacherModels({"cnn": other, "pca": one})
+    trainer = DistillationTrainer(network(), gaussian(), wider, args, train_dataset=vectors())
+    with pytest.raises(ValueError, match=r"widths \(3, 5\), got outputs of widths \(5, 3\)"):
+        trainer.train()
 
 
 @pytest.mark.parametrize(

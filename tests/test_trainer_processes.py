@@ -31,7 +31,7 @@ def train(folder, batch, resume=False, **options):
     )
     trainer = DistillationTrainer(
         network(DOUBLE), gaussian(DOUBLE), store, args, train_dataset=data,
-        eval_dataset=vectors(16, DOUBLE), norm=TeacherNorm(DIMS), **options,
+        eval_dataset=vectors(19, DOUBLE), norm=TeacherNorm(DIMS), **options,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()

@@ -117,6 +117,14 @@ def test_state_dicts_are_made_fit_for_safetensors():
         checkpoints.savable({"step": 1})
 
 
+def test_statistics_of_teachers_in_another_order_are_refused(tmp_path):
+    distilling.resumable(tmp_path / "a")._save_own(tmp_path)
+    other = distilling.resumable(tmp_path / "b")
+    other.teachers = other.teachers._replace(names=other.teachers.names[::-1])
+    with pytest.raises(ValueError, match=r"expected the teachers .*'pca': 3.* got .*'cnn': 3"):
+        other._load_from_checkpoint(str(tmp_path))
+
+
 def test_a_checkpoint_of_other_teachers_is_refused(tmp_path):
     distilling.resumable(tmp_path / "a").save_model(str(tmp_path / "saved"))
     torch.manual_seed(0)

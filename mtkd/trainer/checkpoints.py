@@ -63,7 +63,10 @@ class CheckpointTrainer(Trainer):  # type: ignore[misc]
             if best.exists() or best.name == aside.name:
                 self.state.best_model_checkpoint = str(best)
         self.state.save_to_json(str(aside / "trainer_state.json"))
-        (aside / STATE).write_text(json.dumps(self._own_state()))
+        self._save_own(aside)
+
+    def _save_own(self, folder: Path) -> None:
+        (folder / STATE).write_text(json.dumps(self._own_state()))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._aside is None:  # it is pushed once it has its name
@@ -74,10 +77,10 @@ class CheckpointTrainer(Trainer):  # type: ignore[misc]
         super()._save(output_dir, savable(state) if self.args.should_save else state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint, STATE)
         if path.exists():
             self._load_own_state(json.loads(path.read_text()))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint of another student, or of other teachers."""

@@ -84,8 +84,9 @@ class Encoder(nn.Module):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The batch's keys that the model may read."""
-        return tuple(self.prefix + name for name in self.names)
+        """The batch's keys that the model, or the pooling of its tokens, may read."""
+        pooled = (TOKENS[1],) if self.pooling in ("cls", "last", "mean") else ()
+        return tuple(self.prefix + name for name in dict.fromkeys((*self.names, *pooled)))
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the embeddings of a batch."""
@@ -97,11 +98,12 @@ class Encoder(nn.Module):
                 f"batch: expected key {expected} for {type(self.model).__name__},"
                 f" got {', '.join(map(str, batch))}; inputs=(...) names the keys to pass"
             )
+        attention = batch.get(self.prefix + TOKENS[1])  # the model itself may not ask for it
         if self.takes_mapping:
-            return self._pool(self.model(given), given.get("attention_mask"))
+            return self._pool(self.model(given), attention)
         if self.positional:
-            return self._pool(self.model(*given.values()), batch.get(self.prefix + TOKENS[1]))
-        return self._pool(self.model(**given), given.get("attention_mask"))
+            return self._pool(self.model(*given.values()), attention)
+        return self._pool(self.model(**given), attention)
 
     def _pool(self, output: Any, attention: Tensor | None) -> Tensor:
         if self.pooling is None:

@@ -24,12 +24,17 @@ class Guard:
             raise ValueError(f"max_skipped: expected an integer, 0 or more, got {most!r}")
         self.most, self.skipped = most, 0
         self._seen: list[tuple[Tensor | None, Tensor]] = []
-        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
     @torch.no_grad()
     def begin(self, model: nn.Module) -> None:
         """Keep a step's statistics as they were before it."""
-        self._seen, self._buffers = [], [(b, b.clone()) for b in model.buffers()]
+        self._seen = []
+        self._buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
 
     @torch.no_grad()
     def see(self, rows: Tensor | None, matrices: Mapping[str, Tensor], mask: Tensor) -> None:
@@ -40,8 +45,8 @@ class Guard:
     @torch.no_grad()
     def restore(self) -> None:
         """Put the statistics back."""
-        for buffer, before in self._buffers:
-            buffer.copy_(before)
+        for module, name, buffer, before in self._buffers:
+            setattr(module, name, buffer.copy_(before))  # a module may have put another there
 
     def any_bad_loss(self) -> Tensor:
         """Whether a loss of this process was not finite, 0-dim."""

@@ -108,6 +108,7 @@ class TeacherModels:
         if not models:
             raise ValueError("models: expected at least one teacher, got none")
         self.names, self.dtype = tuple(models), dtype
+        self.widths: tuple[int, ...] | None = None  # of the last outputs
         self.models = [as_encoder(name, model) for name, model in models.items()]
         self.keys = tuple({key: None for model in self.models for key in model.keys})
         for model in self.models:
@@ -127,6 +128,7 @@ class TeacherModels:
             if output.dim() != 2:
                 shape = tuple(output.shape)
                 raise ValueError(f"teacher {name}: expected embeddings (N, D), got shape {shape}")
+        self.widths = tuple(output.shape[1] for output in outputs)
         equal = len({output.dtype for output in outputs}) == 1
         return torch.cat([x if equal else x.float() for x in outputs], 1), None
 
@@ -152,8 +154,9 @@ def fetch(
     if not isinstance(packed, Tensor) or not packed.is_floating_point() or packed.dim() != 2:
         got = f"{packed.dtype} {tuple(packed.shape)}" if isinstance(packed, Tensor) else packed
         raise ValueError(f"targets: expected a floating-point tensor (N, D), got {got}")
-    if packed.shape[1] != sum(dims):
-        got = f"{packed.shape[1]} columns"
+    widths = getattr(targets, "widths", None)
+    if packed.shape[1] != sum(dims) or (widths is not None and widths != dims):
+        got = f"{packed.shape[1]} columns" if widths is None else f"outputs of widths {widths}"
         raise ValueError(f"targets: expected the columns of teachers of widths {dims}, got {got}")
     shape = (len(packed), len(dims))
     if mask is None:

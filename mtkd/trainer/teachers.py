@@ -34,9 +34,13 @@ def agree(
                 f" got {_show(teachers)}"
             )
     names = getattr(targets, "names", None)
-    if names is None or first[1].named:
+    if names is None:
         return first[1]
-    return Teachers(first[1].dims, tuple(names), True)
+    named = Teachers(first[1].dims, tuple(names), True)
+    if len(names) != len(named.dims) or (first[1].named and named.names != first[1].names):
+        expected = f"the teachers of {first[0]} in their order, {_show(first[1])}"
+        raise ValueError(f"targets: expected {expected}, got {', '.join(map(str, names))}")
+    return named
 
 
 def _said(

@@ -183,7 +183,7 @@ class DistillationTrainer(CheckpointTrainer):
         counts, mask = part["counts"], part["mask"]
         outputs = model(part["batches"], part["targets"], mask)
         matrices = outputs["matrices"]
-        self._meter.add(matrices, mask)
+        self._meter.add(matrices, mask if model.training else self._once(mask))
         if model.training:
             rows = [batch.get(ROW) for batch in part["batches"]]
             named = all(isinstance(each, Tensor) for each in rows)
@@ -192,6 +192,15 @@ class DistillationTrainer(CheckpointTrainer):
         losses = [each.reduce(matrix, mask, counts) for each, matrix in pairs]
         loss = torch.stack(losses).sum()
         return (loss, {"embedding": outputs["embedding"]}) if return_outputs else loss
+
+    def _once(self, mask: Tensor) -> Tensor:
+        """Leave out the rows that fill up the last batch of several processes a second time."""
+        state, rows = self.accelerator.gradient_state, len(mask)
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return mask
+        own = state.remainder - self.accelerator.process_index * rows
+        first: Tensor = torch.arange(rows, device=mask.device) < own
+        return mask & first.unsqueeze(1)
 
     # Parameter groups.
 
@@ -216,15 +225,16 @@ class DistillationTrainer(CheckpointTrainer):
     # The guard.
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Return the gradient's norm; where it is not finite, undo the step before it is made."""
+        """Return the gradient's norm; undo the step beforehand where it or a loss is not finite."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if norm is None or bool(torch.isfinite(torch.as_tensor(norm))):
+        loss_is_bad = bool(self._sum(self.guard.any_bad_loss()))
+        finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
+        if finite and not loss_is_bad:
             self._meter.commit()
             return norm
         self._meter.drop()
         self.guard.restore()
-        loss_is_bad = bool(self._sum(self.guard.any_bad_loss()))
-        if getattr(self.accelerator, "scaler", None) is None:
+        if finite or getattr(self.accelerator, "scaler", None) is None:
             model.zero_grad(set_to_none=True)  # an optimizer leaves alone what has no gradient
         elif not loss_is_bad:
             return norm  # the loss scale was too large: the scaler itself skips the step
@@ -268,7 +278,7 @@ class DistillationTrainer(CheckpointTrainer):
     def _information(self, name: str, losses: Tensor) -> dict[str, Tensor]:
         """Return what the student tells about each teacher, where the losses are likelihoods."""
         heads, marginal = self.objectives[name].heads, self.distillation.marginal
-        if heads is None or marginal is None:
+        if heads is None or marginal is None or not bool(marginal.count.all()):
             return {}
         dims = self.teachers.dims
         nll = losses if heads.per_dim else losses / torch.tensor(dims)
@@ -293,9 +303,16 @@ class DistillationTrainer(CheckpointTrainer):
         return output
 
     def _own_state(self) -> dict[str, Any]:
-        return {"skipped": self.guard.skipped}
+        pairs = zip(self.teachers.names, self.teachers.dims, strict=True)
+        return {"skipped": self.guard.skipped, "teachers": [list(pair) for pair in pairs]}
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        saved, here = state.get("teachers"), self._own_state()["teachers"]
+        if saved is not None and saved != here:  # statistics have no names: they go by position
+            raise ValueError(
+                f"resume_from_checkpoint: expected the teachers {dict(here)} in this order,"
+                f" got a checkpoint of {dict(saved)}"
+            )
         self.guard.skipped = state.get("skipped", 0)
 
     @property
