@@ -1,5 +1,6 @@
 """Files that survive a kill and a full disk: allocated at once, written in order, checked first."""
 
+import errno
 import os
 import shutil
 import stat
@@ -7,6 +8,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,43 @@ def _allocate(descriptor: int, start: int, size: int) -> None:
         write_at(descriptor, start + done, bytes(min(_ZEROS, size - done)))
 
 
-def open_array(root: Path, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+@dataclass(frozen=True)
+class Place:
+    """Where rows are written: the very file that is mapped, and where its numbers begin."""
+
+    path: Path
+    start: int
+    file: tuple[int, ...]
+
+    @contextmanager
+    def opened(self, flags: int) -> Iterator[int]:
+        """Open the file again; another one of the same name is an error."""
+        try:
+            descriptor = os.open(self.path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+                raise
+            raise self._replaced(os.strerror(error.errno)) from None
+        try:
+            if _identity(descriptor) != self.file:
+                raise self._replaced("another one")
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _replaced(self, got: str) -> ValueError:
+        expected = "the file that was opened with the store"
+        return ValueError(f"{self.path}: expected {expected}, got {got}; open the store again")
+
+
+def _identity(descriptor: int) -> tuple[int, ...]:
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size
+
+
+def open_array(
+    root: Path, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]
+) -> tuple[Array, Place]:
     """Map an .npy file of a folder read-only, once its place, header and size are as expected."""
     with open_inside(root, name) as file:
         expected = _bytes(dtype, shape)
@@ -60,7 +98,8 @@ def open_array(root: Path, name: str, dtype: np.dtype[Any], shape: tuple[int, ..
         size = os.fstat(file.fileno()).st_size
         if size != expected:
             raise ValueError(f"{root / name}: expected {expected} bytes, got {size}")
-        return np.memmap(file, dtype, "r", file.tell(), shape)
+        place = Place(root / name, file.tell(), _identity(file.fileno()))
+        return np.memmap(file, dtype, "r", place.start, shape), place
 
 
 def _header(path: Path, file: Any) -> tuple[Any, ...]:
@@ -105,19 +144,17 @@ def write_at(descriptor: int, offset: int, data: Any) -> None:
         view, offset = view[written:], offset + written
 
 
-def write_rows(path: Path, start: int, rows: Array, data: Array) -> None:
-    """Write the rows `rows`, ascending, of an array that begins at byte `start`; reach the disk."""
+def write_rows(place: Place, rows: Array, data: Array) -> None:
+    """Write the rows `rows`, ascending, of an array; they reach the disk."""
     step = data[:1].nbytes
     edges = np.flatnonzero(np.diff(rows, prepend=-2, append=-2) != 1)  # runs of successive rows
-    descriptor = os.open(path, os.O_WRONLY)
-    try:
-        for first, last in pairwise(edges):
-            write_at(descriptor, start + int(rows[first]) * step, data[first:last])
-        os.fsync(descriptor)
-    except OSError as error:
-        raise _no_room(error, path, data.nbytes) from None
-    finally:
-        os.close(descriptor)
+    with place.opened(os.O_WRONLY) as descriptor:
+        try:
+            for first, last in pairwise(edges):
+                write_at(descriptor, place.start + int(rows[first]) * step, data[first:last])
+            os.fsync(descriptor)
+        except OSError as error:
+            raise _no_room(error, place.path, data.nbytes) from None
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -143,14 +180,19 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a file's or folder's lock against other processes; it ends with the process."""
+def lock(descriptor: int) -> None:
+    """Take a file's or folder's lock against other processes, until it is closed."""
     import fcntl  # only writing needs it: a store can be read where there is none
 
-    descriptor = os.open(path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock; it ends with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor)
         yield
     finally:
         os.close(descriptor)
