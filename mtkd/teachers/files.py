@@ -31,6 +31,9 @@ def make_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None
             _allocate(file.fileno(), file.tell(), size)
         except OSError as error:
             raise _no_room(error, path, size) from None
+        except OverflowError:  # no file system counts so far
+            error = OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+            raise _no_room(error, path, size) from None
         os.fsync(file.fileno())
 
 

@@ -1,5 +1,6 @@
 """The folder of a store as a whole: its index read and checked, its files made, stores joined."""
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,6 +26,30 @@ def make_folder(root: Path, index: Index) -> None:
     for teacher in index.teachers:
         make_column(root / teacher.name, teacher, index.rows)
     replace_file(root / INDEX, index.dump())
+
+
+def extend_folder(root: Path, index: Index, new: tuple[Teacher, ...]) -> None:
+    """Make the files of new teachers in a store, then its index with them; or leave none."""
+    folders = {teacher: root / teacher.name for teacher in new}
+    try:
+        for teacher, folder in folders.items():
+            # A folder that the index does not name was left by a process that was killed.
+            shutil.rmtree(folder, ignore_errors=True)
+            make_column(folder, teacher, index.rows)
+        replace_file(root / INDEX, index.dump())
+    except BaseException:
+        if load_index(root) != index:
+            for folder in folders.values():
+                shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def check_same(root: Path, view: Index, index: Index) -> tuple[Teacher, ...]:
+    """Return a view's teachers, if the folder still has them and the same rows."""
+    same = (view.rows, view.ids) == (index.rows, index.ids)
+    if not same or not set(view.teachers) <= set(index.teachers):
+        raise ValueError(f"path: expected a store of {view}, got {index} in {root}")
+    return view.teachers
 
 
 def hash_rows(rows: int, ids: Iterable[str | int] | None) -> str | None:

@@ -22,7 +22,7 @@ def as_rows(rows: Any, length: int) -> Tensor:
     Numbers on a GPU are left to its own check, so that the host need not wait for them.
     """
     if isinstance(rows, slice):
-        return torch.arange(*rows.indices(length))
+        return torch.from_numpy(np.arange(*rows.indices(length), dtype=np.int64))
     if not isinstance(rows, (Tensor, np.ndarray, list, tuple, range)):
         kind = type(rows).__name__
         raise TypeError(f"rows: expected a tensor, array, list or slice of integers, got {kind}")

@@ -1,7 +1,6 @@
 """A folder of stored teacher embeddings: made, filled, checked, read, joined and narrowed."""
 
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .column import Column, make_column
-from .files import locked, making, replace_file
-from .folder import hash_rows, load_index, make_folder, merge_indices
-from .format import INDEX, Index, make_teachers
+from .column import Column
+from .files import locked, making
+from .folder import check_same, extend_folder, hash_rows, load_index, make_folder, merge_indices
+from .format import INDEX, Index, Teacher, make_teachers
 from .reading import ResidentStore, as_rows, common_dtype, empty, gather
 
 PathLike = str | os.PathLike[str]
@@ -55,18 +54,13 @@ class TeacherStore:
     def __init__(
         self,
         path: PathLike,
-        teachers: Sequence[str] | None = None,
+        view: Index | None = None,
         chosen: Tensor | None = None,
     ) -> None:
-        self.path, self._chosen = Path(path), chosen
+        self.path, self._chosen = Path(path).resolve(), chosen
         self._index = load_index(self.path)
-        known = {teacher.name: teacher for teacher in self._index.teachers}
-        for name in teachers or ():
-            _check_known(name, known)
-        self._columns = [
-            Column(self.path, known[name], self._index.rows)
-            for name in (known if teachers is None else teachers)
-        ]
+        shown = self._index.teachers if view is None else check_same(self.path, view, self._index)
+        self._columns = [Column(self.path, teacher, self._index.rows) for teacher in shown]
 
     @classmethod
     def open(cls, path: PathLike) -> "TeacherStore":
@@ -118,7 +112,7 @@ class TeacherStore:
         return store
 
     @classmethod
-    def merge(cls, path: PathLike, stores: "Sequence[TeacherStore]") -> "TeacherStore":
+    def merge(cls, path: PathLike, stores: "Iterable[TeacherStore]") -> "TeacherStore":
         """Copy stores of the same rows into a new one: all their teachers, all that is present.
 
         Args:
@@ -130,6 +124,7 @@ class TeacherStore:
             ValueError: stores that do not fit, a teacher's row that is in two of them, a row that
                 is not what was written. Then nothing is left behind.
         """
+        stores = list(stores)
         index = merge_indices([store._narrowed() for store in stores])
         with making(path) as aside:
             make_folder(aside, index)
@@ -152,49 +147,45 @@ class TeacherStore:
         """
         with locked(self.path):
             old = load_index(self.path)
+            check_same(self.path, self._shown(self._teachers), old)
             new = make_teachers(dims, dtype, revision)
             index = Index(old.rows, (*old.teachers, *new), old.ids)
-            for teacher in new:
-                # A folder that the index does not name was left by a process that was killed.
-                shutil.rmtree(self.path / teacher.name, ignore_errors=True)
-                try:
-                    make_column(self.path / teacher.name, teacher, index.rows)
-                except OSError:
-                    shutil.rmtree(self.path / teacher.name, ignore_errors=True)
-                    raise
-            replace_file(self.path / INDEX, index.dump())
-        return TeacherStore(self.path, (*self.names, *dims), self._chosen)
+            extend_folder(self.path, index, new)
+        return TeacherStore(self.path, self._shown((*self._teachers, *new)), self._chosen)
 
     def subset(self, teachers: Sequence[str] | None = None, rows: Any = None) -> "TeacherStore":
-        """Return a view of some teachers and some rows, in the order given; nothing is copied."""
-        names = self.names if teachers is None else tuple(teachers)
-        for name in names:
-            self._column(name)
-        return TeacherStore(self.path, names, self._chosen if rows is None else self._rows(rows))
+        """Return a view of some teachers and some rows, in the order given; nothing is copied.
+
+        Raises:
+            ValueError: no teacher, one that the store does not have, or one twice.
+        """
+        names = self.names if teachers is None else teachers
+        view = self._shown(self._column(name).teacher for name in names)
+        return TeacherStore(self.path, view, self._chosen if rows is None else self._rows(rows))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Other processes get the path and map the folder themselves."""
-        return TeacherStore, (self.path, self.names, self._chosen)
+        """Other processes get the path and map the folder themselves, if it is as it was."""
+        return TeacherStore, (self.path, self._shown(self._teachers), self._chosen)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The teachers, in the order of the columns of targets and mask."""
-        return tuple(column.teacher.name for column in self._columns)
+        return tuple(teacher.name for teacher in self._teachers)
 
     @property
     def dims(self) -> dict[str, int]:
         """The width of each teacher."""
-        return {column.teacher.name: column.teacher.dim for column in self._columns}
+        return {teacher.name: teacher.dim for teacher in self._teachers}
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of targets: that of all teachers if it is one float type, else float32."""
-        return common_dtype([column.teacher for column in self._columns])
+        return common_dtype(self._teachers)
 
     @property
     def revisions(self) -> dict[str, str | None]:
         """The revision of each teacher's model, where one was given."""
-        return {column.teacher.name: column.teacher.revision for column in self._columns}
+        return {teacher.name: teacher.revision for teacher in self._teachers}
 
     @property
     def ids(self) -> str | None:
@@ -238,8 +229,7 @@ class TeacherStore:
         numbers = self._rows(rows)
         pinned = device is not None and torch.device(device).type == "cuda"
         if out is None:
-            teachers = [column.teacher for column in self._columns]
-            out = empty(len(numbers), teachers, self.dtype, pinned)
+            out = empty(len(numbers), self._teachers, self.dtype, pinned)
         else:
             self._check_out(len(numbers), *out)
         gather(self._columns, numbers, *out)
@@ -262,7 +252,8 @@ class TeacherStore:
         Args:
             teacher: its name.
             values: finite numbers ``(n, D_t)``, a tensor on any device or an array.
-            rows: their rows; None for those that follow the last one present.
+            rows: their rows; None for those that follow the last one present, where "keep" would
+                not say which.
             present: what to do with rows that are there already: "error", or "keep" them and write
                 the others.
 
@@ -281,6 +272,8 @@ class TeacherStore:
         column = self._column(teacher)
         if present not in ("error", "keep"):
             raise ValueError(f"present: expected 'error' or 'keep', got {present!r}")
+        if rows is None and present == "keep":
+            raise ValueError("rows: expected row numbers with present='keep', got None")
         if rows is None:
             there = self.present(teacher).nonzero()
             first = int(there[-1]) + 1 if len(there) else 0
@@ -322,9 +315,17 @@ class TeacherStore:
         if got != wanted:
             raise ValueError(f"out: expected {say(wanted)}, got {say(got)}")
 
+    @property
+    def _teachers(self) -> tuple[Teacher, ...]:
+        return tuple(column.teacher for column in self._columns)
+
+    def _shown(self, teachers: Iterable[Teacher]) -> Index:
+        """The folder's index with some of its teachers."""
+        return Index(self._index.rows, tuple(teachers), self._index.ids)
+
     def _narrowed(self) -> Index:
         """The index of what this view shows."""
-        return Index(len(self), tuple(column.teacher for column in self._columns), self.ids)
+        return Index(len(self), self._teachers, self.ids)
 
     def _rows(self, rows: Any) -> Tensor:
         """Rows of the folder, on the CPU."""
