@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
-from mtkd.teachers import TeacherStore
+from mtkd.teachers import TeacherStore, embed, from_arrays, to_npy
+from mtkd.trainer import Encoder
 
 
 def ones(rows, width):
@@ -127,3 +129,104 @@ def test_views_have_teachers_that_differ(tmp_path, names, message):
     store = TeacherStore.create(tmp_path / "s", {"a": 4}, 10)
     with pytest.raises(ValueError, match=message):
         store.subset(names)
+
+
+@pytest.mark.parametrize("kind", [dict, transformers.BatchEncoding])
+def test_embed_takes_a_hugging_face_encoder_as_the_page_says(tmp_path, kind):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 20}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.BertModel(transformers.BertConfig(**sizes, **layers)).train()
+    tokens = torch.randint(20, (6, 4))
+
+    def collate(items):
+        ids = torch.stack(items)
+        return kind({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    store = TeacherStore.create(tmp_path / "s", {"cls": 8, "encoder": 8}, 6, dtype="float32")
+    options = {"collate_fn": collate, "device": "cpu", "batch_size": 3, "progress": False}
+    first = lambda output, batch: output.last_hidden_state[:, 0]  # noqa: E731
+    embed(model, tokens, store, "cls", pooling=first, **options)
+    assert model.training
+    embed(Encoder(model, "cls"), tokens, store, "encoder", **options)
+    with torch.no_grad():
+        expected = model.eval()(input_ids=tokens).last_hidden_state[:, 0]
+    for part in store[:][0].split(8, 1):
+        torch.testing.assert_close(part, expected)
+
+
+def test_a_module_may_take_the_mapping_itself(tmp_path):
+    class Model(torch.nn.Module):
+        def forward(self, batch):
+            return batch["x"].float()
+
+    items = [{"x": torch.ones(3)} for _ in range(4)]
+    store = TeacherStore.create(tmp_path / "s", {"a": 3}, 4)
+    assert embed(Model(), items, store, "a", progress=False) == 4
+
+
+def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    store = TeacherStore.create(tmp_path / "s", {"a": 4}, 10)
+    store.append("a", ones(10, 4))
+    to_npy(store, "a", tmp_path / "out.npy")
+    before = (tmp_path / "out.npy").read_bytes()
+
+    def refuse(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("posix_fallocate", "pwrite"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, refuse)
+            with pytest.raises(OSError, match="No space left on device"):
+                to_npy(store, "a", tmp_path / "out.npy")
+        assert (tmp_path / "out.npy").read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out.npy", "s"]
+
+
+def test_to_npy_does_not_write_into_the_store(tmp_path):
+    store = TeacherStore.create(tmp_path / "s", {"a": 4}, 10)
+    store.append("a", ones(10, 4))
+    (tmp_path / "link.npy").symlink_to(tmp_path / "s/a/values.npy")
+    for path in (tmp_path / "s/a/values.npy", tmp_path / "link.npy", tmp_path / "s/new.npy"):
+        with pytest.raises(ValueError, match="path: expected a file outside the store, got"):
+            to_npy(store, "a", path)
+    assert store.verify() == {}
+    assert store[:][1].all()
+
+
+def test_an_empty_folder_stays_what_it_is(tmp_path, monkeypatch):
+    (tmp_path / "s").mkdir(mode=0o700)
+    before = (tmp_path / "s").stat()
+    replace = os.replace
+
+    def busy(source, target):  # as a mount is
+        if os.fspath(target) == str(tmp_path / "s"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    (tmp_path / "s/.making.0").mkdir()  # what a killed process leaves
+    with pytest.raises(ValueError, match="a: expected finite numbers"):
+        from_arrays(tmp_path / "s", {"a": ones(10, 4) / 0})
+    assert list((tmp_path / "s").iterdir()) == []
+    from_arrays(tmp_path / "s", {"a": ones(10, 4)})
+    after = (tmp_path / "s").stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert sorted(file.name for file in (tmp_path / "s").iterdir()) == ["a", "index.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["s"]
+    with pytest.raises(ValueError, match="path: expected a new or an empty folder"):
+        TeacherStore.create(tmp_path / "s", {"a": 4}, 10)
+
+
+def test_a_folder_that_cannot_be_completed_is_left_empty(tmp_path, monkeypatch):
+    (tmp_path / "s").mkdir()
+    replace, index = os.replace, str(tmp_path / "s/index.json")
+
+    def fail(source, target):
+        if os.fspath(target) == index:
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        TeacherStore.create(tmp_path / "s", {"a": 4}, 10)
+    assert list((tmp_path / "s").iterdir()) == []

@@ -1,5 +1,6 @@
 """Fill a store from a model: in batches, resumed where a run was stopped, shared by processes."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -35,7 +36,8 @@ def embed(
 
     Args:
         model: a callable from a batch to embeddings ``(n, D_t)``, a tensor or an array. A module
-            runs in evaluation mode, and is put back afterwards.
+            runs in evaluation mode, and is put back afterwards; one whose `forward` has arguments
+            named like keys of the batch, as those of Hugging Face, gets the batch as keywords.
         dataset: has a length and gives an item for each number, as `DataLoader` takes it.
         store: the store, which may be filled in part.
         teacher: the teacher's name in the store.
@@ -97,7 +99,7 @@ def embed(
             values = []
             for positions, batch in group:
                 batch = batch if device is None else to_device(batch, device)
-                output = model(batch)
+                output = _call(model, batch)
                 output = output if pooling is None else pooling(output, batch)
                 shape = (len(positions), store.dims[teacher])
                 values.append(check_values(teacher, output, shape))
@@ -138,6 +140,15 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
     if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
         return type(batch)(to_device(value, device) for value in batch)
     return batch
+
+
+def _call(model: Callable[..., Any], batch: Any) -> Any:
+    """Call a model on a batch: a module that names its keys takes them as keywords."""
+    if isinstance(model, torch.nn.Module) and isinstance(batch, Mapping):
+        named = inspect.signature(model.forward).parameters
+        if any(key in named for key in batch):
+            return model(**batch)
+    return model(batch)
 
 
 def _share(rank: int | None, world_size: int | None) -> tuple[int, int]:

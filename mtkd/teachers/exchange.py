@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from .files import making
+from .files import make_array, making, replacing, write_at
 from .store import Dtype, TeacherStore
 
 Array = npt.NDArray[Any]
@@ -78,18 +78,27 @@ def to_npy(store: TeacherStore, teacher: str, path: str | os.PathLike[str]) -> N
         path: the file; one that is there is replaced.
 
     Raises:
-        ValueError: rows that are absent.
+        ValueError: rows that are absent, a path inside the store.
+        OSError: the disk has not the room. What was there stays.
     """
+    target = Path(path).resolve()
+    if store.path in target.parents:
+        raise ValueError(f"path: expected a file outside the store, got {target}")
     own = store.subset([teacher])
     absent = int((~own.present(teacher)).sum())
     if absent:
         raise ValueError(f"{teacher}: expected every row to be present, got {absent} absent")
     kind = np.float16 if str(own.dtype) == "torch.float16" else np.float32
     shape = (len(own), own.dims[teacher])
-    array = np.lib.format.open_memmap(path, "w+", np.dtype(kind), shape)
-    for part in _parts(len(own)):
-        array[part] = _array(own[part][0])
-    array.flush()
+    with replacing(target) as aside:
+        make_array(aside, np.dtype(kind), shape)
+        with open(aside, "r+b") as file:
+            file.seek(0, os.SEEK_END)
+            start = file.tell() - np.dtype(kind).itemsize * shape[0] * shape[1]
+            for part in _parts(len(own)):
+                rows = _array(own[part][0])
+                write_at(file.fileno(), start + part.start * rows[0].nbytes, rows)
+            os.fsync(file.fileno())
 
 
 def from_dataset(
