@@ -1,15 +1,18 @@
 """The teacher store where folders change under it, disks are full and arguments are unusual."""
 
 import errno
+import json
 import os
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
-from mtkd.teachers import TeacherStore, embed, from_arrays, to_npy
+from mtkd.teachers import TeacherStore, embed, from_arrays, hash_ids, to_npy
+from mtkd.teachers import format as layout
 from mtkd.trainer import Encoder
 
 
@@ -230,3 +233,29 @@ def test_a_folder_that_cannot_be_completed_is_left_empty(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Input/output error"):
         TeacherStore.create(tmp_path / "s", {"a": 4}, 10)
     assert list((tmp_path / "s").iterdir()) == []
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    kinds = {"dims": {"a": np.int32(4)}, "rows": np.int64(3)}
+    store = TeacherStore.create(tmp_path / "s", **kinds, ids=np.arange(5, 8))
+    assert store.ids == hash_ids([5, 6, 7]) == hash_ids(torch.arange(5, 8))
+    assert hash_ids(np.array(["x", "y"])) == hash_ids(list(np.array(["x", "y"]))) == hash_ids("xy")
+    assert embed(torch.nn.Identity(), ones(3, 4), store, "a", batch_size=np.int64(2)) == 3
+
+
+def test_a_version_is_a_number(tmp_path):
+    store = TeacherStore.create(tmp_path / "s", {"a": 4}, 3)
+    content = json.loads((store.path / "index.json").read_text()) | {"version": True}
+    del content["checksum"]
+    content["checksum"] = layout._checksum(content)
+    (store.path / "index.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"expected mtkd\.teachers version 1, got .* version True"):
+        TeacherStore.open(store.path)
+
+
+def test_float16_takes_what_rounds_to_its_largest(tmp_path):
+    store = TeacherStore.create(tmp_path / "s", {"a": 1}, 2)
+    store.append("a", torch.tensor([[65519.0]]))
+    assert store[[0]][0].item() == 65504
+    with pytest.raises(ValueError, match="expected magnitudes that round to at most 65504"):
+        store.append("a", torch.tensor([[65520.0]]))

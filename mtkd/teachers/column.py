@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .encoding import as_tensor, encode
-from .files import lock, make_array, open_array, sync_folder, write_rows
+from .files import lock, make_array, open_array, parts, sync_folder, write_rows
 from .format import Teacher
 
 Array = npt.NDArray[Any]
@@ -119,13 +119,13 @@ class Column:
         """Some at a time, those of `rows` that are marked: where, what is stored, is it whole."""
         names = ("values.npy", "scales.npy") if self.scales is not None else ("values.npy",)
         step = max(1, BLOCK // self.arrays["values.npy"].strides[0])
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
+        for some in parts(len(rows), step):
+            part = rows[some]
             marks = self.arrays["present.npy"][part]
             there = np.flatnonzero(marks)
             files = {name: self.arrays[name][part[there]] for name in names}
             good = checksums(files) == self.arrays["checksums.npy"][part[there]]
-            yield start + there, files, good & (marks[there] == 1)
+            yield some.start + there, files, good & (marks[there] == 1)
 
 
 def checksums(files: dict[str, Array]) -> Array:

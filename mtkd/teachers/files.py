@@ -181,6 +181,12 @@ def replacing(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+def parts(rows: int, most: int) -> Iterator[slice]:
+    """Cut rows into slices of at most so many."""
+    for start in range(0, rows, most):
+        yield slice(start, min(start + most, rows))
+
+
 def sync_folder(path: Path) -> None:
     """Make names of files in a folder reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)

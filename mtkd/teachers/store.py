@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 from .column import Column
-from .files import locked, making
-from .folder import check_same, extend_folder, hash_rows, load_index, make_folder, merge_indices
-from .format import INDEX, Index, Teacher, make_teachers
-from .reading import ResidentStore, as_rows, common_dtype, empty, gather
+from .folder import (
+    check_same,
+    create_folder,
+    extend_folder,
+    hash_rows,
+    join_folder,
+    load_index,
+    merge_indices,
+)
+from .format import Index, Teacher, make_teachers, plain
+from .reading import ResidentStore, as_rows, check_out, common_dtype, empty, gather
 
 PathLike = str | os.PathLike[str]
 Dtype = str | torch.dtype
@@ -97,19 +104,9 @@ class TeacherStore:
             OSError: the disk has not the room. All of it is taken now, so that it cannot run out
                 later; then nothing is left behind.
         """
-        index = Index(rows, make_teachers(dims, dtype, revision), hash_rows(rows, ids))
-        there = Path(path) / INDEX
-        if not (exist_ok and there.exists()):
-            try:
-                with making(path) as aside:
-                    make_folder(aside, index)
-            except (OSError, ValueError):
-                if not (exist_ok and there.exists()):  # or else another process was faster
-                    raise
-        store = cls(path)
-        if store._index != index:
-            raise ValueError(f"path: expected a store of {index}, got {store._index} in {path}")
-        return store
+        teachers = make_teachers(dims, dtype, revision)
+        create_folder(path, Index(plain(rows), teachers, hash_rows(rows, ids)), exist_ok)
+        return cls(path)
 
     @classmethod
     def merge(cls, path: PathLike, stores: "Iterable[TeacherStore]") -> "TeacherStore":
@@ -124,14 +121,9 @@ class TeacherStore:
             ValueError: stores that do not fit, a teacher's row that is in two of them, a row that
                 is not what was written. Then nothing is left behind.
         """
-        stores = list(stores)
-        index = merge_indices([store._narrowed() for store in stores])
-        with making(path) as aside:
-            make_folder(aside, index)
-            for teacher in index.teachers:
-                column = Column(aside, teacher, index.rows)
-                for store in (store for store in stores if teacher.name in store.names):
-                    column.copy(store._column(teacher.name), store._rows(slice(None)).numpy())
+        views = list(stores)
+        index = merge_indices([view._narrowed() for view in views])
+        join_folder(path, index, [(view._columns, view._rows(slice(None))) for view in views])
         return cls(path)
 
     def add(
@@ -145,12 +137,8 @@ class TeacherStore:
 
         Arguments and errors are those of `create`. This store stays without them.
         """
-        with locked(self.path):
-            old = load_index(self.path)
-            check_same(self.path, self._shown(self._teachers), old)
-            new = make_teachers(dims, dtype, revision)
-            index = Index(old.rows, (*old.teachers, *new), old.ids)
-            extend_folder(self.path, index, new)
+        new = make_teachers(dims, dtype, revision)
+        extend_folder(self.path, self._shown(self._teachers), new)
         return TeacherStore(self.path, self._shown((*self._teachers, *new)), self._chosen)
 
     def subset(self, teachers: Sequence[str] | None = None, rows: Any = None) -> "TeacherStore":
@@ -231,7 +219,7 @@ class TeacherStore:
         if out is None:
             out = empty(len(numbers), self._teachers, self.dtype, pinned)
         else:
-            self._check_out(len(numbers), *out)
+            check_out(out, len(numbers), self._teachers, self.dtype)
         gather(self._columns, numbers, *out)
         if device is None:
             return out
@@ -303,17 +291,9 @@ class TeacherStore:
         self._column(teacher).discard(self._rows(rows).numpy())
 
     def _column(self, teacher: str) -> Column:
-        _check_known(teacher, self.names)
+        if teacher not in self.names:
+            raise ValueError(f"teacher: expected one of {', '.join(self.names)}, got {teacher!r}")
         return self._columns[self.names.index(teacher)]
-
-    def _check_out(self, rows: int, targets: Tensor, mask: Tensor) -> None:
-        def say(shapes: Any) -> str:
-            return "targets {} in {} and mask {} in {}".format(*shapes)
-
-        wanted = ((rows, sum(self.dims.values())), self.dtype, (rows, len(self.names)), torch.bool)
-        got = (tuple(targets.shape), targets.dtype, tuple(mask.shape), mask.dtype)
-        if got != wanted:
-            raise ValueError(f"out: expected {say(wanted)}, got {say(got)}")
 
     @property
     def _teachers(self) -> tuple[Teacher, ...]:
@@ -331,8 +311,3 @@ class TeacherStore:
         """Rows of the folder, on the CPU."""
         numbers = as_rows(rows.cpu() if isinstance(rows, Tensor) else rows, len(self))
         return numbers if self._chosen is None else self._chosen[numbers]
-
-
-def _check_known(teacher: str, known: Iterable[str]) -> None:
-    if teacher not in known:
-        raise ValueError(f"teacher: expected one of {', '.join(known)}, got {teacher!r}")
