@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from .files import make_array, making, parts, replacing, write_at
+from .aside import making, replacing
+from .files import make_array, parts, write_at
 from .store import Dtype, TeacherStore
 
 Array = npt.NDArray[Any]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .aside import making, replace_file
 from .column import Column, make_column
-from .files import locked, making, open_inside, replace_file
+from .files import locked, open_inside
 from .format import INDEX, LARGEST_INDEX, Index, Teacher, hash_ids, list_ids
 
 
