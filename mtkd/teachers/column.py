@@ -6,9 +6,11 @@ that are whole, or absent and written again. A byte a row, not a bit: writers of
 never write the same byte.
 """
 
+import os
 import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .encoding import as_tensor, encode
-from .files import locked, make_array, open_array, sync_folder, write_rows
+from .files import lock, make_array, open_array, parts, sync_folder, write_rows
 from .format import Teacher
 
 Array = npt.NDArray[Any]
@@ -38,10 +40,12 @@ class Column:
 
     def __init__(self, root: Path, teacher: Teacher, rows: int) -> None:
         self.teacher, self.folder = teacher, root / teacher.name
-        self.arrays = {
+        opened = {
             name: open_array(root, f"{teacher.name}/{name}", dtype, shape)
             for name, (dtype, shape) in teacher.files(rows).items()
         }
+        self.arrays = {name: array for name, (array, _) in opened.items()}
+        self.places = {name: place for name, (_, place) in opened.items()}
         with warnings.catch_warnings():
             # The tensors are read-only as the maps are: nothing here writes to them.
             warnings.simplefilter("ignore")
@@ -57,7 +61,7 @@ class Column:
         """
         files = encode(self.teacher, values, rows)
         order = np.argsort(rows, kind="stable")
-        with locked(self.folder / "present.npy"):
+        with self._locked():
             there = self.arrays["present.npy"][rows[order]] == 1
             if there.any() and not keep:
                 some = rows[order][there]
@@ -78,13 +82,19 @@ class Column:
 
     def discard(self, rows: Array) -> None:
         """Mark rows absent."""
-        with locked(self.folder / "present.npy"):
+        with self._locked():
             rows = np.unique(rows)
             self._put("present.npy", rows, np.zeros(len(rows), np.uint8))
 
     def _put(self, name: str, rows: Array, data: Array) -> None:
-        start: Any = self.arrays[name].offset  # type: ignore[attr-defined]
-        write_rows(self.folder / name, start, rows, np.ascontiguousarray(data))
+        write_rows(self.places[name], rows, np.ascontiguousarray(data))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock of those who write this teacher; it ends with the process."""
+        with self.places["present.npy"].opened(os.O_RDONLY) as descriptor:
+            lock(descriptor)
+            yield
 
     def copy(self, source: "Column", rows: Array) -> None:
         """Write what a column of the same teacher has: row i is its row ``rows[i]``."""
@@ -109,13 +119,13 @@ class Column:
         """Some at a time, those of `rows` that are marked: where, what is stored, is it whole."""
         names = ("values.npy", "scales.npy") if self.scales is not None else ("values.npy",)
         step = max(1, BLOCK // self.arrays["values.npy"].strides[0])
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
+        for some in parts(len(rows), step):
+            part = rows[some]
             marks = self.arrays["present.npy"][part]
             there = np.flatnonzero(marks)
             files = {name: self.arrays[name][part[there]] for name in names}
             good = checksums(files) == self.arrays["checksums.npy"][part[there]]
-            yield start + there, files, good & (marks[there] == 1)
+            yield some.start + there, files, good & (marks[there] == 1)
 
 
 def checksums(files: dict[str, Array]) -> Array:

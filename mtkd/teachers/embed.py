@@ -1,10 +1,12 @@
 """Fill a store from a model: in batches, resumed where a run was stopped, shared by processes."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -35,7 +37,8 @@ def embed(
 
     Args:
         model: a callable from a batch to embeddings ``(n, D_t)``, a tensor or an array. A module
-            runs in evaluation mode, and is put back afterwards.
+            runs in evaluation mode, and is put back afterwards; one whose `forward` has arguments
+            named like keys of the batch, as those of Hugging Face, gets the batch as keywords.
         dataset: has a length and gives an item for each number, as `DataLoader` takes it.
         store: the store, which may be filled in part.
         teacher: the teacher's name in the store.
@@ -57,8 +60,10 @@ def embed(
 
     Raises:
         ValueError: rows or teacher that the store does not have, embeddings of another width, NaN,
-            infinity or overflow in the stored dtype. What was there stays.
-        TypeError: what the model returns is neither a tensor nor an array.
+            infinity or overflow in the stored dtype. What was written before stays; of the
+            `write_every` batches of that time none is written.
+        TypeError: what the model returns is neither a tensor nor an array; a dataset of unknown
+            length.
 
     Note:
         Batches are cut by position, whatever is there already: a run that was killed and started
@@ -78,8 +83,9 @@ def embed(
         >>> written, again, targets.shape, mask.all().item()
         (100, 0, torch.Size([2, 8]), True)
     """
-    if write_every < 1:
-        raise ValueError(f"write_every: expected a positive number, got {write_every}")
+    for name, size in (("batch_size", batch_size), ("write_every", write_every)):
+        if not isinstance(size, (int, np.integer)) or size < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {size}")
     numbers = _rows_of(dataset, store, rows)
     rank, world_size = _share(rank, world_size)
     batches = _batches(len(numbers), batch_size, rank, world_size)
@@ -97,7 +103,7 @@ def embed(
             values = []
             for positions, batch in group:
                 batch = batch if device is None else to_device(batch, device)
-                output = model(batch)
+                output = _call(model, batch)
                 output = output if pooling is None else pooling(output, batch)
                 shape = (len(positions), store.dims[teacher])
                 values.append(check_values(teacher, output, shape))
@@ -109,6 +115,9 @@ def embed(
 
 def _rows_of(dataset: Any, store: TeacherStore, rows: Any) -> Tensor:
     """The store's row of each item of a dataset."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        kind = type(dataset).__name__
+        raise TypeError(f"dataset: expected items by number and their count, got {kind}")
     if rows is None and len(dataset) != len(store):
         expected = f"{len(store)} items, as the store has rows, or the argument rows"
         raise ValueError(f"dataset: expected {expected}, got {len(dataset)} items")
@@ -122,8 +131,6 @@ def _rows_of(dataset: Any, store: TeacherStore, rows: Any) -> Tensor:
 
 def _batches(count: int, size: int, rank: int, world_size: int) -> list[range]:
     """Positions of each batch of one share; how batches are cut does not depend on the share."""
-    if size < 1:
-        raise ValueError(f"batch_size: expected a positive number, got {size}")
     batches = -(-count // size)
     mine = range(batches * rank // world_size, batches * (rank + 1) // world_size)
     return [range(batch * size, min((batch + 1) * size, count)) for batch in mine]
@@ -138,6 +145,15 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
     if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
         return type(batch)(to_device(value, device) for value in batch)
     return batch
+
+
+def _call(model: Callable[..., Any], batch: Any) -> Any:
+    """Call a model on a batch: a module that names its keys takes them as keywords."""
+    if isinstance(model, torch.nn.Module) and isinstance(batch, Mapping):
+        named = inspect.signature(model.forward).parameters
+        if any(key in named for key in batch):
+            return model(**batch)
+    return model(batch)
 
 
 def _share(rank: int | None, world_size: int | None) -> tuple[int, int]:

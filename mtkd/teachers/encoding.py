@@ -28,7 +28,9 @@ def encode(teacher: Teacher, values: Any, rows: Array) -> dict[str, Array]:
         return {"values.npy": stored.numpy(), "scales.npy": scales.numpy()}
     stored = tensor.to(DTYPES[teacher.dtype])
     largest = torch.finfo(stored.dtype).max
-    wanted = f"magnitudes of at most {largest:.6g}, since it is stored as {teacher.dtype}"
+    wanted = (
+        f"magnitudes that round to at most {largest:.6g}, since it is stored as {teacher.dtype}"
+    )
     _check_finite(teacher, stored, rows, wanted, "larger ones")
     if stored.dtype == torch.bfloat16:
         stored = stored.view(torch.int16)

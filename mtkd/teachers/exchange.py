@@ -1,7 +1,7 @@
 """Stores from arrays and from Hugging Face datasets, and back."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from .files import making
+from .aside import making, replacing
+from .files import make_array, parts, write_at
 from .store import Dtype, TeacherStore
 
 Array = npt.NDArray[Any]
@@ -64,7 +65,7 @@ def from_arrays(
     with making(path) as aside:
         store = TeacherStore.create(aside, dims, rows, dtype=dtype, revision=revision, ids=ids)
         for name, array in opened.items():
-            for part in _parts(rows):
+            for part in parts(rows, CHUNK):
                 store.append(name, array[part], range(part.start, part.stop))
     return TeacherStore.open(path)
 
@@ -78,18 +79,27 @@ def to_npy(store: TeacherStore, teacher: str, path: str | os.PathLike[str]) -> N
         path: the file; one that is there is replaced.
 
     Raises:
-        ValueError: rows that are absent.
+        ValueError: rows that are absent, a path inside the store.
+        OSError: the disk has not the room. What was there stays.
     """
+    target = Path(path).resolve()
+    if store.path in target.parents:
+        raise ValueError(f"path: expected a file outside the store, got {target}")
     own = store.subset([teacher])
     absent = int((~own.present(teacher)).sum())
     if absent:
         raise ValueError(f"{teacher}: expected every row to be present, got {absent} absent")
     kind = np.float16 if str(own.dtype) == "torch.float16" else np.float32
     shape = (len(own), own.dims[teacher])
-    array = np.lib.format.open_memmap(path, "w+", np.dtype(kind), shape)
-    for part in _parts(len(own)):
-        array[part] = _array(own[part][0])
-    array.flush()
+    with replacing(target) as aside:
+        make_array(aside, np.dtype(kind), shape)
+        with open(aside, "r+b") as file:
+            file.seek(0, os.SEEK_END)
+            start = file.tell() - np.dtype(kind).itemsize * shape[0] * shape[1]
+            for part in parts(len(own), CHUNK):
+                rows = _array(own[part][0])
+                write_at(file.fileno(), start + part.start * rows[0].nbytes, rows)
+            os.fsync(file.fileno())
 
 
 def from_dataset(
@@ -129,7 +139,7 @@ def from_dataset(
             aside, dims, len(dataset), dtype=dtype, revision=revision, ids=ids
         )
         for name, column in named.items():
-            for part in _parts(len(dataset)):
+            for part in parts(len(dataset), CHUNK):
                 rows, values = _lists(plain[part][column], column, dims[name])
                 store.append(name, values, part.start + rows)
     return TeacherStore.open(path)
@@ -183,14 +193,9 @@ def _array(targets: Tensor) -> Array:
     return (targets.float() if str(targets.dtype) == "torch.bfloat16" else targets).numpy()
 
 
-def _parts(rows: int) -> Iterator[slice]:
-    for start in range(0, rows, CHUNK):
-        yield slice(start, min(start + CHUNK, rows))
-
-
 def _width(dataset: Any, column: str) -> int:
     """The length of the first list of a column."""
-    for part in _parts(len(dataset)):
+    for part in parts(len(dataset), CHUNK):
         for each in dataset[part][column]:
             if each.is_valid:
                 return len(each)

@@ -1,12 +1,12 @@
 """Files that survive a kill and a full disk: allocated at once, written in order, checked first."""
 
+import errno
 import os
-import shutil
 import stat
-import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ def make_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None
             _allocate(file.fileno(), file.tell(), size)
         except OSError as error:
             raise _no_room(error, path, size) from None
+        except OverflowError:  # no file system counts so far
+            large = OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+            raise _no_room(large, path, size) from None
         os.fsync(file.fileno())
 
 
@@ -43,7 +46,43 @@ def _allocate(descriptor: int, start: int, size: int) -> None:
         write_at(descriptor, start + done, bytes(min(_ZEROS, size - done)))
 
 
-def open_array(root: Path, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+@dataclass(frozen=True)
+class Place:
+    """Where rows are written: the very file that is mapped, and where its numbers begin."""
+
+    path: Path
+    start: int
+    file: tuple[int, ...]
+
+    @contextmanager
+    def opened(self, flags: int) -> Iterator[int]:
+        """Open the file again; another one of the same name is an error."""
+        try:
+            descriptor = os.open(self.path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+                raise
+            raise self._replaced(os.strerror(error.errno)) from None
+        try:
+            if _identity(descriptor) != self.file:
+                raise self._replaced("another one")
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _replaced(self, got: str) -> ValueError:
+        expected = "the file that was opened with the store"
+        return ValueError(f"{self.path}: expected {expected}, got {got}; open the store again")
+
+
+def _identity(descriptor: int) -> tuple[int, ...]:
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size
+
+
+def open_array(
+    root: Path, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]
+) -> tuple[Array, Place]:
     """Map an .npy file of a folder read-only, once its place, header and size are as expected."""
     with open_inside(root, name) as file:
         expected = _bytes(dtype, shape)
@@ -60,7 +99,8 @@ def open_array(root: Path, name: str, dtype: np.dtype[Any], shape: tuple[int, ..
         size = os.fstat(file.fileno()).st_size
         if size != expected:
             raise ValueError(f"{root / name}: expected {expected} bytes, got {size}")
-        return np.memmap(file, dtype, "r", file.tell(), shape)
+        place = Place(root / name, file.tell(), _identity(file.fileno()))
+        return np.memmap(file, dtype, "r", place.start, shape), place
 
 
 def _header(path: Path, file: Any) -> tuple[Any, ...]:
@@ -105,33 +145,23 @@ def write_at(descriptor: int, offset: int, data: Any) -> None:
         view, offset = view[written:], offset + written
 
 
-def write_rows(path: Path, start: int, rows: Array, data: Array) -> None:
-    """Write the rows `rows`, ascending, of an array that begins at byte `start`; reach the disk."""
+def write_rows(place: Place, rows: Array, data: Array) -> None:
+    """Write the rows `rows`, ascending, of an array; they reach the disk."""
     step = data[:1].nbytes
     edges = np.flatnonzero(np.diff(rows, prepend=-2, append=-2) != 1)  # runs of successive rows
-    descriptor = os.open(path, os.O_WRONLY)
-    try:
-        for first, last in pairwise(edges):
-            write_at(descriptor, start + int(rows[first]) * step, data[first:last])
-        os.fsync(descriptor)
-    except OSError as error:
-        raise _no_room(error, path, data.nbytes) from None
-    finally:
-        os.close(descriptor)
+    with place.opened(os.O_WRONLY) as descriptor:
+        try:
+            for first, last in pairwise(edges):
+                write_at(descriptor, place.start + int(rows[first]) * step, data[first:last])
+            os.fsync(descriptor)
+        except OSError as error:
+            raise _no_room(error, place.path, data.nbytes) from None
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Replace a file in one step: it holds the old content or the new, whatever happens."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(aside, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    sync_folder(path.parent)
+def parts(rows: int, most: int) -> Iterator[slice]:
+    """Cut rows into slices of at most so many."""
+    for start in range(0, rows, most):
+        yield slice(start, min(start + most, rows))
 
 
 def sync_folder(path: Path) -> None:
@@ -143,31 +173,19 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a file's or folder's lock against other processes; it ends with the process."""
+def lock(descriptor: int) -> None:
+    """Take a file's or folder's lock against other processes, until it is closed."""
     import fcntl  # only writing needs it: a store can be read where there is none
 
-    descriptor = os.open(path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock; it ends with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor)
         yield
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def making(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Make a folder aside, then give it its name: it is there whole or not at all."""
-    root = Path(path).resolve()
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"path: expected a new or an empty folder, got {root}")
-    aside = root.with_name(f".{root.name}.{uuid.uuid4().hex}")
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        os.replace(aside, root)
-    except BaseException:
-        shutil.rmtree(aside)
-        raise
-    sync_folder(root.parent)

@@ -1,11 +1,16 @@
 """The folder of a store as a whole: its index read and checked, its files made, stores joined."""
 
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from .column import make_column
-from .files import open_inside, replace_file
-from .format import INDEX, LARGEST_INDEX, Index, Teacher, hash_ids
+from torch import Tensor
+
+from .aside import making, replace_file
+from .column import Column, make_column
+from .files import locked, open_inside
+from .format import INDEX, LARGEST_INDEX, Index, Teacher, hash_ids, list_ids
 
 
 def load_index(root: Path) -> Index:
@@ -27,11 +32,66 @@ def make_folder(root: Path, index: Index) -> None:
     replace_file(root / INDEX, index.dump())
 
 
+def create_folder(path: str | os.PathLike[str], index: Index, exist_ok: bool) -> None:
+    """Make a store without rows; one that is there has to be the same, and may be so."""
+    there = Path(path) / INDEX
+    if not (exist_ok and there.exists()):
+        try:
+            with making(path) as aside:
+                make_folder(aside, index)
+        except (OSError, ValueError):
+            if not (exist_ok and there.exists()):  # or else another process was faster
+                raise
+    if (found := load_index(Path(path))) != index:
+        raise ValueError(f"path: expected a store of {index}, got {found} in {path}")
+
+
+def join_folder(
+    path: str | os.PathLike[str], index: Index, sources: list[tuple[list[Column], Tensor]]
+) -> None:
+    """Make a store of the rows of others: columns, and which of their rows."""
+    with making(path) as aside:
+        make_folder(aside, index)
+        for teacher in index.teachers:
+            target = Column(aside, teacher, index.rows)
+            for columns, rows in sources:
+                for column in (column for column in columns if column.teacher == teacher):
+                    target.copy(column, rows.numpy())
+
+
+def extend_folder(root: Path, view: Index, new: tuple[Teacher, ...]) -> None:
+    """Add teachers without rows to a store that still has what the view shows; or leave none."""
+    with locked(root):
+        old = load_index(root)
+        check_same(root, view, old)
+        index = Index(old.rows, (*old.teachers, *new), old.ids)
+        folders = {teacher: root / teacher.name for teacher in new}
+        try:
+            for teacher, folder in folders.items():
+                # A folder that the index does not name was left by a process that was killed.
+                shutil.rmtree(folder, ignore_errors=True)
+                make_column(folder, teacher, index.rows)
+            replace_file(root / INDEX, index.dump())
+        except BaseException:
+            if load_index(root) != index:
+                for folder in folders.values():
+                    shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def check_same(root: Path, view: Index, index: Index) -> tuple[Teacher, ...]:
+    """Return a view's teachers, if the folder still has them and the same rows."""
+    same = (view.rows, view.ids) == (index.rows, index.ids)
+    if not same or not set(view.teachers) <= set(index.teachers):
+        raise ValueError(f"path: expected a store of {view}, got {index} in {root}")
+    return view.teachers
+
+
 def hash_rows(rows: int, ids: Iterable[str | int] | None) -> str | None:
     """The hash of an argument `ids`, which has one for each row or is None."""
     if ids is None:
         return None
-    listed = list(ids)
+    listed = list_ids(ids)
     if len(listed) != rows:
         raise ValueError(f"ids: expected one for each of {rows} rows, got {len(listed)}")
     return hash_ids(listed)

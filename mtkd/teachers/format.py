@@ -95,8 +95,9 @@ class Index:
             raise ValueError(f"expected JSON, got {error}") from None
         keys = {"format", "version", "rows", "ids", "teachers", "checksum"}
         _check_keys("the index", content, keys)
-        if content["format"] != FORMAT or content["version"] != VERSION:
-            got = f"{content['format']!r:.40} version {content['version']!r:.40}"
+        version = content["version"]
+        if content["format"] != FORMAT or version != VERSION or type(version) is not int:
+            got = f"{content['format']!r:.40} version {version!r:.40}"
             raise ValueError(f"format: expected {FORMAT} version {VERSION}, got {got}")
         claimed, actual = content.pop("checksum"), _checksum(content)
         if claimed != actual:
@@ -111,9 +112,9 @@ class Index:
 
 
 def hash_ids(ids: Iterable[str | int]) -> str:
-    """Return the sha256 of row ids, strings or integers, in their order."""
+    """Return the sha256 of row ids, strings or integers, in their order; an array counts too."""
     digest = hashlib.sha256()
-    for position, each in enumerate(ids):
+    for position, each in enumerate(list_ids(ids)):
         if not isinstance(each, (str, int)):
             kind = type(each).__name__
             raise TypeError(f"ids[{position}]: expected a string or an integer, got {kind}")
@@ -122,11 +123,22 @@ def hash_ids(ids: Iterable[str | int]) -> str:
     return digest.hexdigest()
 
 
+def list_ids(ids: Any) -> list[Any]:
+    """The row ids of an argument `ids`; those of an array or a tensor as Python has them."""
+    if not isinstance(ids, Iterable):
+        raise TypeError(f"ids: expected strings or integers, got {type(ids).__name__}")
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    return [each.item() if isinstance(each, np.generic) else each for each in ids]
+
+
 def make_teachers(dims: Any, dtype: Any, revision: Any) -> tuple[Teacher, ...]:
     """Check arguments that say the width, dtype and revision of teachers by name."""
     if not isinstance(dims, Mapping):
         kind = type(dims).__name__
         raise TypeError(f"dims: expected a mapping name -> width, got {kind}")
+    if not isinstance(revision, (Mapping, type(None))):
+        kind = type(revision).__name__
+        raise TypeError(f"revision: expected a mapping name -> revision, got {kind}")
     for name, argument in (("dtype", dtype), ("revision", revision)):
         unknown = (
             [key for key in argument if key not in dims] if isinstance(argument, Mapping) else []
@@ -135,11 +147,16 @@ def make_teachers(dims: Any, dtype: Any, revision: Any) -> tuple[Teacher, ...]:
             raise ValueError(f"{name}: expected some of the teachers {list(dims)}, got {unknown}")
     kinds = dtype if isinstance(dtype, Mapping) else dict.fromkeys(dims, dtype)
     made = revision or {}
+    # A torch.dtype's own name is like ours.
+    stored = {name: str(kinds.get(name, "float16")).removeprefix("torch.") for name in dims}
     return tuple(
-        # A torch.dtype's own name is like ours.
-        Teacher(name, dim, str(kinds.get(name, "float16")).removeprefix("torch."), made.get(name))
-        for name, dim in dims.items()
+        Teacher(name, plain(dim), stored[name], made.get(name)) for name, dim in dims.items()
     )
+
+
+def plain(number: Any) -> Any:
+    """One of NumPy's integers as Python's; all else as it is."""
+    return int(number) if isinstance(number, np.integer) else number
 
 
 def check_name(name: Any) -> None:

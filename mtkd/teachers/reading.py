@@ -10,6 +10,7 @@ from torch import Tensor
 from ..packing import offsets
 from .column import Column
 from .encoding import DTYPES
+from .files import parts
 from .format import Teacher
 
 CHUNK = 256  # rows that are converted at once: they stay in a cache
@@ -22,7 +23,7 @@ def as_rows(rows: Any, length: int) -> Tensor:
     Numbers on a GPU are left to its own check, so that the host need not wait for them.
     """
     if isinstance(rows, slice):
-        return torch.arange(*rows.indices(length))
+        return torch.from_numpy(np.arange(*rows.indices(length), dtype=np.int64))
     if not isinstance(rows, (Tensor, np.ndarray, list, tuple, range)):
         kind = type(rows).__name__
         raise TypeError(f"rows: expected a tensor, array, list or slice of integers, got {kind}")
@@ -62,6 +63,22 @@ def empty(
     return memory.view(dtype), mask
 
 
+def check_out(
+    out: tuple[Tensor, Tensor], rows: int, teachers: Sequence[Teacher], dtype: torch.dtype
+) -> None:
+    """Raise ValueError unless targets and mask can be filled."""
+
+    def say(shapes: Any) -> str:
+        return "targets {} in {} and mask {} in {}".format(*shapes)
+
+    targets, mask = out
+    width = sum(teacher.dim for teacher in teachers)
+    wanted = ((rows, width), dtype, (rows, len(teachers)), torch.bool)
+    got = (tuple(targets.shape), targets.dtype, tuple(mask.shape), mask.dtype)
+    if got != wanted:
+        raise ValueError(f"out: expected {say(wanted)}, got {say(got)}")
+
+
 def gather(columns: Sequence[Column], rows: Tensor, targets: Tensor, mask: Tensor) -> None:
     """Fill targets and mask; each teacher has a file, hence one copy of its rows a teacher."""
     marks = torch.empty(len(columns), len(rows), dtype=torch.uint8)
@@ -81,10 +98,10 @@ def gather(columns: Sequence[Column], rows: Tensor, targets: Tensor, mask: Tenso
 
 
 def _convert(column: Column, rows: Tensor, part: Tensor) -> None:
-    for chunk, into in zip(rows.split(CHUNK), part.split(CHUNK), strict=True):
-        into.copy_(column.values[chunk])
+    for some in parts(len(rows), CHUNK):
+        into = part[some].copy_(column.values[rows[some]])
         if column.scales is not None:
-            into.mul_(column.scales[chunk, None])
+            into.mul_(column.scales[rows[some], None])
 
 
 class ResidentStore:
@@ -121,9 +138,8 @@ class ResidentStore:
         values = torch.empty(len(rows), width, dtype=dtype, device=device)
         scales = torch.empty(len(rows), count, device=device) if eight else None
         mask = torch.empty(len(rows), count, dtype=torch.bool, device=device)
-        for start in range(0, len(rows), LOADED):
-            chosen = rows[start : start + LOADED]
-            part = slice(start, start + len(chosen))
+        for part in parts(len(rows), LOADED):
+            chosen = rows[part]
             host = empty(len(chosen), teachers, dtype, pinned=False)
             gather(columns, chosen, *host)
             values[part], mask[part] = host

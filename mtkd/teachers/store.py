@@ -1,26 +1,19 @@
 """A folder of stored teacher embeddings: made, filled, checked, read, joined and narrowed."""
 
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from .column import Column, make_column
-from .files import locked, making, replace_file
-from .folder import hash_rows, load_index, make_folder, merge_indices
-from .format import INDEX, Index, make_teachers
-from .reading import ResidentStore, as_rows, common_dtype, empty, gather
+from .folder import create_folder, extend_folder, hash_rows, join_folder, merge_indices
+from .format import Index, make_teachers, plain
+from .view import PathLike, View
 
-PathLike = str | os.PathLike[str]
 Dtype = str | torch.dtype
 
 
-class TeacherStore:
+class TeacherStore(View):
     """Embeddings of the same rows by several teachers, in a folder, read through memory maps.
 
     ``store[rows]`` gives packed targets ``(n, sum D_t)`` and a mask ``(n, T)``: what every loss
@@ -28,7 +21,7 @@ class TeacherStore:
     ``TeacherStore(path)`` is short for `open`.
 
     Attributes:
-        path: the folder.
+        path: the folder, absolute.
 
     Raises:
         ValueError: a folder that is not a store, or is damaged: the file, what was expected and
@@ -51,22 +44,6 @@ class TeacherStore:
         >>> targets.shape, targets.dtype, mask.tolist()
         (torch.Size([3, 7]), torch.float16, [[True, True], [False, True], [False, False]])
     """
-
-    def __init__(
-        self,
-        path: PathLike,
-        teachers: Sequence[str] | None = None,
-        chosen: Tensor | None = None,
-    ) -> None:
-        self.path, self._chosen = Path(path), chosen
-        self._index = load_index(self.path)
-        known = {teacher.name: teacher for teacher in self._index.teachers}
-        for name in teachers or ():
-            _check_known(name, known)
-        self._columns = [
-            Column(self.path, known[name], self._index.rows)
-            for name in (known if teachers is None else teachers)
-        ]
 
     @classmethod
     def open(cls, path: PathLike) -> "TeacherStore":
@@ -103,22 +80,12 @@ class TeacherStore:
             OSError: the disk has not the room. All of it is taken now, so that it cannot run out
                 later; then nothing is left behind.
         """
-        index = Index(rows, make_teachers(dims, dtype, revision), hash_rows(rows, ids))
-        there = Path(path) / INDEX
-        if not (exist_ok and there.exists()):
-            try:
-                with making(path) as aside:
-                    make_folder(aside, index)
-            except (OSError, ValueError):
-                if not (exist_ok and there.exists()):  # or else another process was faster
-                    raise
-        store = cls(path)
-        if store._index != index:
-            raise ValueError(f"path: expected a store of {index}, got {store._index} in {path}")
-        return store
+        teachers = make_teachers(dims, dtype, revision)
+        create_folder(path, Index(plain(rows), teachers, hash_rows(rows, ids)), exist_ok)
+        return cls(path)
 
     @classmethod
-    def merge(cls, path: PathLike, stores: "Sequence[TeacherStore]") -> "TeacherStore":
+    def merge(cls, path: PathLike, stores: "Iterable[TeacherStore]") -> "TeacherStore":
         """Copy stores of the same rows into a new one: all their teachers, all that is present.
 
         Args:
@@ -130,13 +97,9 @@ class TeacherStore:
             ValueError: stores that do not fit, a teacher's row that is in two of them, a row that
                 is not what was written. Then nothing is left behind.
         """
-        index = merge_indices([store._narrowed() for store in stores])
-        with making(path) as aside:
-            make_folder(aside, index)
-            for teacher in index.teachers:
-                column = Column(aside, teacher, index.rows)
-                for store in (store for store in stores if teacher.name in store.names):
-                    column.copy(store._column(teacher.name), store._rows(slice(None)).numpy())
+        views = list(stores)
+        index = merge_indices([view._narrowed() for view in views])
+        join_folder(path, index, [(view._columns, view._rows(slice(None))) for view in views])
         return cls(path)
 
     def add(
@@ -150,111 +113,23 @@ class TeacherStore:
 
         Arguments and errors are those of `create`. This store stays without them.
         """
-        with locked(self.path):
-            old = load_index(self.path)
-            new = make_teachers(dims, dtype, revision)
-            index = Index(old.rows, (*old.teachers, *new), old.ids)
-            for teacher in new:
-                # A folder that the index does not name was left by a process that was killed.
-                shutil.rmtree(self.path / teacher.name, ignore_errors=True)
-                try:
-                    make_column(self.path / teacher.name, teacher, index.rows)
-                except OSError:
-                    shutil.rmtree(self.path / teacher.name, ignore_errors=True)
-                    raise
-            replace_file(self.path / INDEX, index.dump())
-        return TeacherStore(self.path, (*self.names, *dims), self._chosen)
+        new = make_teachers(dims, dtype, revision)
+        extend_folder(self.path, self._shown(self._teachers), new)
+        return TeacherStore(self.path, self._shown((*self._teachers, *new)), self._chosen)
 
     def subset(self, teachers: Sequence[str] | None = None, rows: Any = None) -> "TeacherStore":
-        """Return a view of some teachers and some rows, in the order given; nothing is copied."""
-        names = self.names if teachers is None else tuple(teachers)
-        for name in names:
-            self._column(name)
-        return TeacherStore(self.path, names, self._chosen if rows is None else self._rows(rows))
+        """Return a view of some teachers and some rows, in the order given; nothing is copied.
+
+        Raises:
+            ValueError: no teacher, one that the store does not have, or one twice.
+        """
+        names = self.names if teachers is None else teachers
+        view = self._shown(self._column(name).teacher for name in names)
+        return TeacherStore(self.path, view, self._chosen if rows is None else self._rows(rows))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Other processes get the path and map the folder themselves."""
-        return TeacherStore, (self.path, self.names, self._chosen)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The teachers, in the order of the columns of targets and mask."""
-        return tuple(column.teacher.name for column in self._columns)
-
-    @property
-    def dims(self) -> dict[str, int]:
-        """The width of each teacher."""
-        return {column.teacher.name: column.teacher.dim for column in self._columns}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of targets: that of all teachers if it is one float type, else float32."""
-        return common_dtype([column.teacher for column in self._columns])
-
-    @property
-    def revisions(self) -> dict[str, str | None]:
-        """The revision of each teacher's model, where one was given."""
-        return {column.teacher.name: column.teacher.revision for column in self._columns}
-
-    @property
-    def ids(self) -> str | None:
-        """The hash of the rows' ids, see `hash_ids`; None if none were given, or of a view."""
-        return self._index.ids if self._chosen is None else None
-
-    def __len__(self) -> int:
-        return self._index.rows if self._chosen is None else len(self._chosen)
-
-    def __getitem__(self, rows: Any) -> tuple[Tensor, Tensor]:
-        """Return targets ``(n, sum D_t)`` and mask ``(n, T)``; absent rows hold 0 and False."""
-        return self.read(rows)
-
-    def read(
-        self,
-        rows: Any,
-        *,
-        device: torch.device | str | None = None,
-        out: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return targets ``(n, sum D_t)`` and mask ``(n, T)`` of rows.
-
-        Args:
-            rows: a tensor, array, list, range or slice of row numbers.
-            device: where the result goes. A GPU's comes from pinned memory and is copied while
-                the host goes on.
-            out: targets and mask of a former call to be filled again. Fresh memory for a large
-                batch costs as much as reading it.
-
-        Returns:
-            Targets in `dtype` and a bool mask, True where a teacher has the row; where it has not,
-            its targets are 0.
-
-        Raises:
-            ValueError: row numbers that the store does not have, `out` of another shape.
-            TypeError: rows that are not integers.
-
-        Note:
-            Each teacher's rows are copied once, from the map to their columns, by all threads.
-        """
-        numbers = self._rows(rows)
-        pinned = device is not None and torch.device(device).type == "cuda"
-        if out is None:
-            teachers = [column.teacher for column in self._columns]
-            out = empty(len(numbers), teachers, self.dtype, pinned)
-        else:
-            self._check_out(len(numbers), *out)
-        gather(self._columns, numbers, *out)
-        if device is None:
-            return out
-        targets, mask = (tensor.to(device, non_blocking=pinned) for tensor in out)
-        return targets, mask
-
-    def to(self, device: torch.device | str) -> ResidentStore:
-        """Return a copy of all rows on a device, which is read in the same way.
-
-        Raises:
-            ValueError: a GPU without the room, with the bytes that are needed and free.
-        """
-        return ResidentStore.of(self._columns, self._rows(slice(None)), device)
+        """Other processes get the path and map the folder themselves, if it is as it was."""
+        return TeacherStore, (self.path, self._shown(self._teachers), self._chosen)
 
     def append(self, teacher: str, values: Any, rows: Any = None, *, present: str = "error") -> int:
         """Write a teacher's embeddings of some rows.
@@ -262,7 +137,8 @@ class TeacherStore:
         Args:
             teacher: its name.
             values: finite numbers ``(n, D_t)``, a tensor on any device or an array.
-            rows: their rows; None for those that follow the last one present.
+            rows: their rows; None for those that follow the last one present, where "keep" would
+                not say which.
             present: what to do with rows that are there already: "error", or "keep" them and write
                 the others.
 
@@ -281,6 +157,8 @@ class TeacherStore:
         column = self._column(teacher)
         if present not in ("error", "keep"):
             raise ValueError(f"present: expected 'error' or 'keep', got {present!r}")
+        if rows is None and present == "keep":
+            raise ValueError("rows: expected row numbers with present='keep', got None")
         if rows is None:
             there = self.present(teacher).nonzero()
             first = int(there[-1]) + 1 if len(there) else 0
@@ -290,48 +168,6 @@ class TeacherStore:
             raise ValueError("rows: expected rows that differ, got some twice")
         return column.write(numbers, values, keep=present == "keep")
 
-    def present(self, teacher: str) -> Tensor:
-        """Which rows a teacher has now: bool ``(rows,)``."""
-        marks = self._column(teacher).present
-        return (marks if self._chosen is None else marks[self._chosen]) == 1
-
-    def verify(self) -> dict[str, Tensor]:
-        """Read every row that is present; return, by teacher, those that are not as written.
-
-        Teachers without such rows are left out: an intact store gives ``{}``. `discard` makes the
-        rows absent, and `embed` writes them anew.
-        """
-        rows = self._rows(slice(None)).numpy()
-        broken = {c.teacher.name: torch.from_numpy(c.broken(rows)) for c in self._columns}
-        return {name: bad for name, bad in broken.items() if len(bad)}
-
     def discard(self, teacher: str, rows: Any) -> None:
         """Make some rows of a teacher absent, so that they can be written again."""
         self._column(teacher).discard(self._rows(rows).numpy())
-
-    def _column(self, teacher: str) -> Column:
-        _check_known(teacher, self.names)
-        return self._columns[self.names.index(teacher)]
-
-    def _check_out(self, rows: int, targets: Tensor, mask: Tensor) -> None:
-        def say(shapes: Any) -> str:
-            return "targets {} in {} and mask {} in {}".format(*shapes)
-
-        wanted = ((rows, sum(self.dims.values())), self.dtype, (rows, len(self.names)), torch.bool)
-        got = (tuple(targets.shape), targets.dtype, tuple(mask.shape), mask.dtype)
-        if got != wanted:
-            raise ValueError(f"out: expected {say(wanted)}, got {say(got)}")
-
-    def _narrowed(self) -> Index:
-        """The index of what this view shows."""
-        return Index(len(self), tuple(column.teacher for column in self._columns), self.ids)
-
-    def _rows(self, rows: Any) -> Tensor:
-        """Rows of the folder, on the CPU."""
-        numbers = as_rows(rows.cpu() if isinstance(rows, Tensor) else rows, len(self))
-        return numbers if self._chosen is None else self._chosen[numbers]
-
-
-def _check_known(teacher: str, known: Iterable[str]) -> None:
-    if teacher not in known:
-        raise ValueError(f"teacher: expected one of {', '.join(known)}, got {teacher!r}")
