@@ -300,7 +300,7 @@ def test_many_classes(vote):
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("vote", VOTES)
 def test_rows_longer_than_a_block(vote, dtype):
-    """Classes far apart, and no other possible: what ties, -inf, NaN and masks give in short rows."""
+    """Classes far apart, no other possible: what ties, -inf, NaN and masks give in short rows."""
     student, teacher = inputs(rows=5, teachers=3, classes=9, dtype=dtype)
     student, teacher = student.detach(), teacher.round()  # many ties
     mask = torch.rand(5, 3, generator=torch.Generator().manual_seed(1)) > 0.3
