@@ -6,10 +6,15 @@ from math import inf, nan
 import pytest
 import torch
 import torch.nn.functional as TF
+from cases import INTERPRETED
 
 import mtkd.functional as F
 from mtkd.testing import assert_close, poisoned_memory
 
+pytestmark = [  # NumPy's, of Triton's interpreter: what is masked, or invalid, may be inf and NaN
+    pytest.mark.filterwarnings(f"ignore:{words}:RuntimeWarning")
+    for words in ("invalid value encountered", "All-NaN slice")
+]
 VOTES = ("each", "soft", "plurality", "mean")
 TOGETHER = ("plurality", "mean")
 DOUBLE = torch.float64
@@ -90,7 +95,8 @@ def test_equals_torchs_cross_entropy(vote, classes, dtype):
     assert value.dtype == wide
     assert_close(value, want, wide)
     assert grad.dtype == dtype
-    assert_close(grad, torch.autograd.grad(want, exact, upstream)[0], dtype)
+    factor = 2 if INTERPRETED else 1  # the interpreter truncates to bfloat16
+    assert_close(grad, torch.autograd.grad(want, exact, upstream)[0], dtype, factor)
 
 
 @pytest.mark.parametrize("vote", TOGETHER)
@@ -287,8 +293,9 @@ def test_a_counted_teacher_without_a_vote_shows(vote, reduction, row):
 @pytest.mark.parametrize("vote", VOTES)
 def test_many_classes(vote):
     generator = torch.Generator().manual_seed(0)
-    student = torch.randn(2, 150_001, generator=generator).requires_grad_()
-    teacher = torch.randn(2, 3, 150_001, generator=generator)
+    classes = 20_001 if INTERPRETED else 150_001
+    student = torch.randn(2, classes, generator=generator).requires_grad_()
+    teacher = torch.randn(2, 3, classes, generator=generator)
     with poisoned_memory():
         value, grad = value_and_grad(student, teacher, vote=vote, reduction="none")
     exact = student.detach().double().requires_grad_()

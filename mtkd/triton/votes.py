@@ -23,10 +23,9 @@ TIED = tl.constexpr(1 - 1e-5)  # of the largest share of a vote; what has as muc
 SEVERAL, NOBODY = tl.constexpr(-1), tl.constexpr(-2)  # in place of a vote's one class
 KEPT = tl.constexpr(7)  # numbers of a row and teacher that the second kernel reads
 WHOLE = 4096  # classes that a block may hold, all of a row
-BLOCK = 1024  # of longer rows
-HELD = 8  # numbers of a block that a lane holds
-MOST = 16  # warps
-WARPS = 4  # of longer rows
+TILE = 1024  # numbers of several teachers at once, where classes are few
+HELD = 8  # numbers of a row that a lane holds
+BLOCK, WARPS = 512, 4  # of longer rows
 
 
 @triton.jit
@@ -356,11 +355,13 @@ def _launch(
         factor, own = counted, coefficient
     double = accumulate == tl.float64
     whole = width <= WHOLE >> double
-    block = max(16, triton.next_power_of_2(width)) if whole else BLOCK >> double
-    tall = min(triton.next_power_of_2(count), max(1, (BLOCK >> double) // block)) if whole else 1
+    block, tall, warps = BLOCK, 1, WARPS
+    if whole:
+        block = max(16, triton.next_power_of_2(width))
+        tall = min(triton.next_power_of_2(count), max(1, (TILE >> double) // block))
+        warps = max(1, tall * block // (32 * HELD))
     offsets, aligned = _offsets(teacher)
     settings = {"ACC": accumulate, "HARD": hard, "ALIGNED": aligned, "BLOCK": block}
-    settings["num_warps"] = max(1, min(MOST, tall * block // (32 * HELD))) if whole else WARPS
     with on_device_of(student):
         if whole:
             _whole_kernel[(rows,)](
@@ -383,6 +384,7 @@ def _launch(
                 TOGETHER=together,
                 TEACHERS=tall,
                 **settings,
+                num_warps=warps,
             )
             return
         kept = votes = None
@@ -406,6 +408,7 @@ def _launch(
             *logits_strides,
             1.0 / temperature,
             **settings,
+            num_warps=warps,
         )
         if factor is not None:
             to = output if votes is None else votes
@@ -425,6 +428,7 @@ def _launch(
                 1.0 / temperature,
                 TOGETHER=together,
                 **settings,
+                num_warps=warps,
             )
     if votes is not None:  # the plurality decides as one teacher would
         won = votes >= votes.amax(-1, keepdim=True) * TIED.value
