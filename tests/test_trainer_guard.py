@@ -92,6 +92,13 @@ def test_a_masked_target_spoils_nothing(tmp_path):
     assert trainer.guard.skipped == 0
 
 
+def test_targets_that_are_all_missing_are_told(tmp_path, caplog):
+    trainer, _ = guarded(tmp_path, vectors(), Store(missing=1.0), max_steps=1)
+    with caplog.at_level(logging.WARNING, "mtkd"):
+        trainer.train()
+    assert "no target of any teacher counted: is the store filled?" in caplog.text
+
+
 def test_a_bad_gradient_of_a_good_loss_is_skipped_too(tmp_path, caplog):
     data, store = vectors(), Store()
     trainer, watch = guarded(tmp_path, data, store, max_steps=2)

@@ -187,6 +187,9 @@ def _check_rows(
     if weight is None:
         weights = torch.ones((), dtype=accumulate_dtype(student), device=device).expand(shape)
     else:
+        if not isinstance(weight, Tensor):
+            kind = type(weight).__name__
+            raise TypeError(f"weight: expected a tensor inside a mixture, got {kind}")
         check_weight("weight", weight, shape, device)
         weights = weight.expand(shape)
     known = weight is None and mask is None

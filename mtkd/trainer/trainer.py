@@ -250,7 +250,10 @@ class DistillationTrainer(CheckpointTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and with a training loss what it is made of."""
         if "loss" in logs:
-            logs |= self._teacher_logs(self._meter.take(self._sum))
+            taken = self._meter.take(self._sum)
+            logs |= self._teacher_logs(taken)
+            if taken and not any(counts.any() for _, counts in taken.values()):
+                logger.warning("no target of any teacher counted: is the store filled?")
             if self._heads_rate is not None:
                 logs["learning_rate_heads"] = self._heads_rate
             if self.guard.skipped:
