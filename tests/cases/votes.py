@@ -46,12 +46,12 @@ VOTES_CASES = (
     Case("votes-mean", V, votes, (1500,), 9, {"teachers": 5, "masked": True, **SOFT}),
     Case("votes-many", V, votes, (17,) * len(MANY), 6, {"masked": True, "sequence": True}),
     Case("votes-many-soft", V, votes, (17,) * len(MANY), 5, {"hard": False}),
-    Case("votes-few", V, votes, (3,), 12, {"teachers": 11, "sequence": True}),
+    Case("votes-few", V, votes, (3,), 7, {"teachers": 11, "sequence": True}),
     Case("votes-one", V, votes, (5000,), 1),
     # more classes than a GPU's block
-    Case("votes-wide", V, votes, (4500,) * 3, 3, {"masked": True, "sequence": True}),
-    Case("votes-wide-soft", V, votes, (4500,) * 2, 3, SOFT),
-    Case("votes-wide-plurality", V, votes, (4500,), 4, {"teachers": 4, "masked": True}),
-    Case("votes-wide-mean", V, votes, (4500,), 3, {"teachers": 3, **SOFT}),
+    Case("votes-wide", V, votes, (4500,) * 3, 2, {"masked": True, "sequence": True}),
+    Case("votes-wide-soft", V, votes, (4500,) * 2, 2, SOFT),
+    Case("votes-wide-plurality", V, votes, (4500,), 2, {"teachers": 3, "masked": True}),
+    Case("votes-wide-mean", V, votes, (4500,), 2, {"teachers": 2, **SOFT}),
     Case("votes-large", V, votes, (1500,) * 3, 801, SOFT, large=True),
 )
