@@ -170,7 +170,8 @@ def linear_kl_div(
     Shape:
         - input ``(*, H)``, linear_weight ``(C, H)``, linear_bias ``(C,)``, teacher ``(*, C)`` with
           ``C = sum(dims)``; or T layers of ``(*, F_t)``, ``(C_t, F_t)`` and ``(C_t,)``.
-        - a teacher's own input: sequences of T such tensors, each with ``T = 1``.
+        - a teacher's own input: sequences of T such tensors, each with ``T = 1``. A head that is
+          shared by teachers is for `kl_div`: its logits are no wider than one teacher's.
 
     Returns:
         As `kl_div`; float64 when `input` or `linear_weight` is float64.
