@@ -1,4 +1,4 @@
-"""Two processes (gloo) train as one does: loss, statistics, the guard, checkpoints, resuming."""
+"""Two processes (gloo), by DDP and by FSDP2, train as one does, stop, and resume."""
 
 import os
 import socket
@@ -7,8 +7,11 @@ import sys
 import distilling
 import pytest
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from distilling import DIMS, Store, gaussian, network, sgd, vectors
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from mtkd.nn import TeacherNorm
 from mtkd.trainer import DistillationTrainer
@@ -16,7 +19,20 @@ from mtkd.trainer import DistillationTrainer
 DOUBLE = torch.float64
 
 
-def train(folder, batch, resume=False, **options):
+SHARDED = {"state_dict_type": "SHARDED_STATE_DICT", "auto_wrap_policy": "NO_WRAP"}
+
+
+def shard(args):
+    """Have accelerate take processes on a CPU for some it would use FSDP with, as torch can."""
+    assert args.device.type == "cpu"
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def train(folder, batch, resume=False, fsdp=None, **options):
     """Two steps of 32 rows and one of 16, the second of which has a bad row."""
     data, store = vectors(80, DOUBLE), Store(80, dtype=DOUBLE)
     data[41]["x"] = torch.full((8,), torch.nan, dtype=DOUBLE)
@@ -28,15 +44,21 @@ def train(folder, batch, resume=False, **options):
         gradient_accumulation_steps=2,
         save_strategy="steps",
         save_steps=2,
+        max_grad_norm=0.1,
+        **({"fsdp": True, "fsdp_config": fsdp} if fsdp else {}),
     )
+    if fsdp:
+        shard(args)
     trainer = DistillationTrainer(
         network(DOUBLE), gaussian(DOUBLE), store, args, train_dataset=data,
         eval_dataset=vectors(19, DOUBLE), norm=TeacherNorm(DIMS), **options,
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=os.path.join(folder, "checkpoint-2") if resume else None)
+    sharded = [isinstance(p, DTensor) for p in trainer.distillation.parameters()]
+    assert sharded == [bool(fsdp)] * len(sharded)
     metrics = trainer.evaluate()
     trainer.export_student(os.path.join(folder, "student"))
-    weights = {k: v.clone() for k, v in trainer.distillation.state_dict().items()}
+    weights = {k: whole(v) for k, v in trainer.distillation.state_dict().items()}
     return weights, trainer.state.log_history[:3], metrics, trainer.guard.skipped
 
 
@@ -70,10 +92,13 @@ def two(folder, options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"heads_once": True, "recompute_student": True}], ids=["each", "once"]
+    "options",
+    [{}, {"heads_once": True, "recompute_student": True}, {"fsdp": SHARDED, "heads_once": True}],
+    ids=["each", "once", "fsdp"],
 )
 def test_two_processes_train_as_one(tmp_path, options):
-    expected, logs, metrics, skipped = train(tmp_path / "one", 16, **options)
+    alone = {name: value for name, value in options.items() if name != "fsdp"}
+    expected, logs, metrics, skipped = train(tmp_path / "one", 16, **alone)
     weights, results = two(tmp_path, options)
     for mine, (history, evaluation, count) in zip(weights, results, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from .objectives import columns
+
 
 class Meter:
     """Sums of rows and counts; a step's are pending until it is known to be good."""
@@ -16,8 +18,9 @@ class Meter:
     def add(self, matrices: Mapping[str, Tensor], mask: Tensor) -> None:
         """Add a part of a step."""
         for name, matrix in matrices.items():
-            counted = torch.where(mask, matrix.detach().double(), 0.0)
-            both = torch.stack([counted.sum(0), mask.sum(0).double()])
+            counts = columns(mask, matrix)
+            counted = torch.where(counts, matrix.detach().double(), 0.0)
+            both = torch.stack([counted.sum(0), counts.sum(0).double()])
             self.pending[name] = self.pending.get(name, 0.0) + both
 
     def drop(self) -> None:
@@ -31,7 +34,7 @@ class Meter:
         self.pending = {}
 
     def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return sums ``(T,)`` and counts ``(T,)`` over all processes, and begin anew."""
+        """Return each column's sum and count over all processes, and begin anew."""
         taken = {name: reduce(both).cpu() for name, both in self.total.items()}
         self.total = {}
         return {name: (both[0], both[1]) for name, both in taken.items()}

@@ -1,6 +1,6 @@
 """The module that is trained: student and objectives in one forward, as DDP and FSDP want it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,12 +60,27 @@ class Distillation(nn.Module):
         }
         return {"embedding": embedding, "matrices": matrices}
 
+    # What transformers' settings ask of the model they pass on to the student.
+
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Pass transformers' setting on to the student."""
-        model: Any = self.student.model
-        model.activation_checkpointing_enable(*args, **kwargs)
+        """Turn on the student's checkpointing."""
+        self._of_student("activation_checkpointing_enable")(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Pass the same setting on, as older transformers call it."""
-        model: Any = self.student.model
-        model.gradient_checkpointing_enable(*args, **kwargs)
+        """Turn on the same, as older transformers call it."""
+        self._of_student("gradient_checkpointing_enable")(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """Return the student's embeddings of tokens, if it has any: NEFTune adds noise to them."""
+        find = getattr(self.student.model, "get_input_embeddings", lambda: None)
+        module: nn.Module | None = find()
+        return module
+
+    def _of_student(self, method: str) -> Callable[..., Any]:
+        found: Callable[..., Any] | None = getattr(self.student.model, method, None)
+        if found is None:
+            raise ValueError(
+                f"args: expected settings that the student has, got one that needs {method} of"
+                f" {type(self.student.model).__name__}; recompute_student=True works for any module"
+            )
+        return found

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,28 +19,30 @@ class Objective(nn.Module):
     Args:
         loss: a module of `mtkd.nn` (`GaussianHeads`, `Projectors`); a loss of `mtkd.functional`
             with its settings, such as ``functools.partial(F.mse, dims=dims)``; or any module or
-            function (student, targets, mask) -> matrix ``(N, T)``. A loss that has an argument
-            `reduction`, or options but no `mask`, is called with
-            ``mask=mask, reduction="none"``.
+            function (student, targets, mask) -> matrix ``(N, T)``, or ``(N, 1)`` of losses that
+            take a row's teachers together, as votes do. A loss that has an argument `reduction`, or
+            options but no `mask`, is called with ``mask=mask, reduction="none"``.
         coefficient: what the loss is multiplied by in a sum of several.
         weight: weights of the teachers ``(T,)``; or a callable (detached matrix, mask) -> weights,
             such as those of `mtkd.weighting`, for training alone: evaluation weighs all the same.
         options: further keyword arguments for every call of the loss.
 
     Shape:
-        - student ``(N, H)``, targets ``(N, D)``, mask ``(N, T)`` bool. Returns ``(N, T)``.
+        - student ``(N, H)``, targets ``(N, D)``, mask ``(N, T)`` bool. Returns ``(N, T)`` or
+          ``(N, 1)``.
 
     Returns:
         The matrix of losses.
 
     Raises:
-        ValueError: a result that is not a matrix ``(N, T)``, weights that do not fit.
+        ValueError: a result that is not a matrix ``(N, T)`` or ``(N, 1)``, weights that do not
+            fit, a loss whose `reduction` or `mask` is set.
         TypeError: a loss that cannot be called.
 
     Note:
         A step's loss is ``sum(w m l) / sum(w m)``, over all micro-batches and processes of the
         step; with a callable `weight`, which no one knows before the matrix, it is divided by
-        ``sum(m)``.
+        ``sum(m)``. In a matrix ``(N, 1)`` a row counts where one of its teachers does.
 
     Example:
         >>> import torch
@@ -64,6 +67,11 @@ class Objective(nn.Module):
         super().__init__()
         if not callable(loss):
             raise TypeError(f"objective: expected a module or a callable, got {_kind(loss)}")
+        bound = loss.keywords if isinstance(loss, partial) else {}
+        for name in ("mask", "reduction"):
+            if name in options or name in bound:
+                got = options.get(name, bound.get(name))
+                raise ValueError(f"{name}: expected none, since the trainer gives it, got {got!r}")
         self.loss, self.coefficient, self.options = loss, coefficient, options
         if isinstance(weight, Tensor):
             if weight.dim() != 1:
@@ -88,23 +96,29 @@ class Objective(nn.Module):
             matrix = call(student, targets, mask=mask, reduction="none", **self.options)
         else:
             matrix = call(student, targets, mask, **self.options)
-        if not isinstance(matrix, Tensor) or matrix.shape != mask.shape:
+        shapes = (mask.shape, (len(mask), 1))
+        if not isinstance(matrix, Tensor) or matrix.shape not in shapes:
             got = f"shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor) else _kind(matrix)
             raise ValueError(
                 f"objective: expected a matrix (N, T) = {tuple(mask.shape)} of losses from"
                 f" {_kind(self.loss)}, got {got}; the trainer reduces it"
             )
+        if isinstance(self.weight, Tensor) and len(self.weight) != matrix.shape[1]:
+            expected = f"one for each of {matrix.shape[1]} columns of {_kind(self.loss)}"
+            raise ValueError(f"weight: expected {expected}, got shape {tuple(self.weight.shape)}")
         return matrix
 
     def reduce(self, matrix: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
-        """Return the loss of a part of a step, in all of which `counts` ``(T,)`` rows count."""
+        """Return the loss of a part of a step, in all of which `count_rows` gives `counts`."""
         weight = self.weight if self.training or isinstance(self.weight, Tensor) else None
+        counts = counts[:-1] if matrix.shape == mask.shape else counts[-1:]
         counts = counts.to(torch.promote_types(matrix.dtype, torch.float32))
         total = (counts * weight).sum() if isinstance(weight, Tensor) else counts.sum()
+        mask = columns(mask, matrix)
         return self.coefficient * reduce_matrix(matrix, weight=weight, mask=mask, denominator=total)
 
     def total(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """Return the evaluation's loss of a sum of matrices' rows ``(T,)``."""
+        """Return the evaluation's loss of a sum of matrices' rows, a number a column."""
         weight = self.weight.to(sums) if isinstance(self.weight, Tensor) else torch.ones_like(sums)
         whole = (counts * weight).sum()
         return self.coefficient * torch.where(whole == 0, 0.0, (sums * weight).sum() / whole)
@@ -115,11 +129,24 @@ class Objective(nn.Module):
         return self.loss if isinstance(self.loss, GaussianHeads) else None
 
 
+def columns(mask: Tensor, matrix: Tensor) -> Tensor:
+    """Return the mask of a matrix: in one column for all teachers a row counts if one does."""
+    return mask if matrix.shape == mask.shape else mask.any(1, keepdim=True)
+
+
+def count_rows(mask: Tensor) -> Tensor:
+    """Return how many rows count for each teacher, then for any, ``(T + 1,)``."""
+    return torch.cat([mask, mask.any(1, keepdim=True)], 1).sum(0)
+
+
 def as_objectives(objective: Any) -> dict[str, Objective]:
     """Return one objective, which is called "loss", or several by name."""
     several = objective if isinstance(objective, Mapping) else {"loss": objective}
     if not several:
         raise ValueError("objective: expected at least one, got an empty mapping")
+    for name in several:
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"objective: expected names without a dot, got {name!r}")
     return {
         name: loss if isinstance(loss, Objective) else Objective(loss)
         for name, loss in several.items()

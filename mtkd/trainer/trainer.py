@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
-from ..information import information_gain
 from ..nn import TeacherNorm
 from ..nn.moments import Estimator
 from .checkpoints import CheckpointTrainer
+from .checks import check_apart, check_fsdp, check_savable
 from .encoders import Encoder, as_encoder
 from .export import export_student
 from .guard import Guard
+from .logs import teacher_logs
 from .meter import Meter
 from .model import Distillation
-from .objectives import Objective, as_objectives
+from .objectives import Objective, as_objectives, count_rows
 from .targets import ROW, Targets, as_targets, fetch
 from .teachers import agree
 
@@ -110,7 +111,12 @@ class DistillationTrainer(CheckpointTrainer):
         self._micro: list[Any] = []  # a step's micro-batches, and once prepared their parts
         self._parts: list[dict[str, Any]] = []
         self._heads_rate: float | None = None
+        check_apart(self.targets, self.distillation)
+        check_savable(self.distillation)
+        if options.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func: expected None, the loss is objective, got one")
         super().__init__(self.distillation, args, **options)
+        check_fsdp(self.accelerator, self.distillation)
         self.can_return_loss = True
         if not hasattr(self.targets, "keys"):  # they may read any column
             self.args.remove_unused_columns = False
@@ -138,7 +144,7 @@ class DistillationTrainer(CheckpointTrainer):
         if not self._parts:
             model.train()
             self.guard.begin(self.distillation)
-            batches, self._micro = self._micro or [inputs], []
+            batches, self._micro = self._step(inputs), []
             self._parts = self._prepare(batches)
             if self.heads_once:
                 empty: list[dict[str, Any]] = [{}] * (len(self._parts) - 1)
@@ -148,6 +154,14 @@ class DistillationTrainer(CheckpointTrainer):
             return torch.zeros((), device=self.args.device)
         loss: Tensor = super().training_step(model, part, num_items_in_batch)
         return loss
+
+    def _step(self, inputs: dict[str, Any]) -> list[Any]:
+        if not self._micro and self.args.gradient_accumulation_steps > 1:
+            raise RuntimeError(
+                "training_step: expected a step's micro-batches from get_batch_samples beforehand,"
+                " got none; accumulation would not be exact"
+            )
+        return self._micro or [inputs]
 
     def _prepare(self, batches: Sequence[Any]) -> list[dict[str, Any]]:
         """Return the parts of a step: batches with their targets, and what counts in all."""
@@ -159,11 +173,9 @@ class DistillationTrainer(CheckpointTrainer):
             packed = model.norm(packed, mask)
         if model.marginal is not None and model.training:
             model.marginal.update(packed, mask)
-        counts = (
-            self._sum(mask.sum(0)) / self.accelerator.num_processes
-            if model.training
-            else mask.sum(0)
-        )
+        counts = count_rows(mask)
+        if model.training:
+            counts = self._sum(counts) / self.accelerator.num_processes
         return [
             {"batches": [batch], "targets": part, "mask": counted, "counts": counts}
             for batch, part, counted in zip(
@@ -268,27 +280,7 @@ class DistillationTrainer(CheckpointTrainer):
         return rate
 
     def _teacher_logs(self, taken: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-        logs: dict[str, float] = {}
-        for name, (sums, counts) in taken.items():
-            seen = counts > 0
-            means = sums / counts.clamp(min=1)
-            information = self._information(name, means)
-            for label, values in ({name: means} | information).items():
-                pairs = zip(self.teachers.names, values.tolist(), seen.tolist(), strict=True)
-                logs |= {f"{label}/{teacher}": value for teacher, value, ok in pairs if ok}
-        return logs
-
-    def _information(self, name: str, losses: Tensor) -> dict[str, Tensor]:
-        """Return what the student tells about each teacher, where the losses are likelihoods."""
-        heads, marginal = self.objectives[name].heads, self.distillation.marginal
-        if heads is None or marginal is None or not bool(marginal.count.all()):
-            return {}
-        dims = self.teachers.dims
-        nll = losses if heads.per_dim else losses / torch.tensor(dims)
-        variance = marginal.scale.double().cpu() ** -2
-        several = sum(each.heads is not None for each in self.objectives.values()) > 1
-        label = f"{name}_information" if several else "information"
-        return {label: information_gain(nll, variance, dims, bound=heads.bound)}
+        return teacher_logs(taken, self.teachers, self.objectives, self.distillation.marginal)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as the Trainer does; the loss is exact for any mask, and told by teacher."""
