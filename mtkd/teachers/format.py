@@ -112,7 +112,7 @@ class Index:
         return cls(content["rows"], teachers, content["ids"])
 
 
-Pair = tuple[str, Any, Any]  # what it is, expected, found
+_Pair = tuple[str, Any, Any]  # what it is, expected, found
 
 
 def compare(expected: Index, found: Index, more: bool = False) -> str:
@@ -120,16 +120,19 @@ def compare(expected: Index, found: Index, more: bool = False) -> str:
 
     With `more` it may have other teachers besides, and in another order.
     """
-    pairs: list[Pair] = [
+    wanted, there = ({each.name: each for each in index.teachers} for index in (expected, found))
+    missing = [name for name in wanted if name not in there]
+    besides = [name for name in there if name not in wanted and not more]
+    pairs: list[_Pair] = [
         ("rows", expected.rows, found.rows),
         ("hash of ids", expected.ids, found.ids),
+        ("other teachers", missing, besides),
     ]
-    wanted, there = ({each.name: each for each in index.teachers} for index in (expected, found))
-    if not (wanted.keys() <= there.keys() if more else list(wanted) == list(there)):
-        pairs.append(("teachers", list(wanted), list(there)))
-    for name in wanted:
-        if name in there:
-            pairs += _fields(wanted[name], there[name])
+    if not (missing or besides or more):
+        moved = [names for names in zip(wanted, there, strict=True) if names[0] != names[1]]
+        pairs.append(("order of teachers", [a for a, _ in moved], [b for _, b in moved]))
+    for name in (name for name in wanted if name in there):
+        pairs += _fields(wanted[name], there[name])
     return _say(pairs)
 
 
@@ -138,19 +141,19 @@ def compare_teachers(expected: Teacher, found: Teacher) -> str:
     return _say(_fields(expected, found))
 
 
-def _fields(expected: Teacher, found: Teacher) -> list[Pair]:
+def _fields(expected: Teacher, found: Teacher) -> list[_Pair]:
     names = [field.name for field in fields(Teacher)]
     of = expected.name
     return [(f"{name} of {of}", getattr(expected, name), getattr(found, name)) for name in names]
 
 
-def _say(pairs: list[Pair]) -> str:
+def _say(pairs: list[_Pair]) -> str:
     said = [f"{what}: expected {_short(a)}, got {_short(b)}" for what, a, b in pairs if a != b]
     return join_some(said, "; ")
 
 
 def _short(value: Any) -> str:
-    return join_some(value, ", ") if isinstance(value, list) else f"{value!r:.80}"
+    return join_some(value, ", ") or "none" if isinstance(value, list) else f"{value!r:.200}"
 
 
 def join_some(texts: list[str], between: str) -> str:
