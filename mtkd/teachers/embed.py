@@ -53,7 +53,7 @@ def embed(
         revision: the model's revision, which has to be the one that the store was created with;
             None compares nothing.
         rank: which share of the batches this process takes; None asks torch.distributed, if
-            initialised.
+            initialised. Shares differ in length: the model must not wait for other ranks.
         world_size: the number of shares; likewise.
         write_every: batches that are written together: a process that is killed has computed at
             most these in vain. Each time costs a few waits for the disk.
@@ -180,7 +180,7 @@ def _call(model: Callable[..., Any], batch: Any) -> Any:
 def _arguments(model: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
     """The arguments of `forward`; those of the one module in a wrapper that passes all on.
 
-    Such are the wrappers of torch.compile, torch.nn.parallel, FSDP and PEFT.
+    Such are the wrappers of torch.compile, torch.nn.parallel and PEFT.
     """
     named = inspect.signature(model.forward).parameters
     kinds = [parameter.kind for parameter in named.values()]
