@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from mtkd.teachers import TeacherStore, embed
+from mtkd.teachers import TeacherStore, embed, from_arrays
 
 ROWS, WIDTH, BATCH = 48, 96, 4
 DTYPES = ("float16", "bfloat16", "int8")
@@ -55,6 +55,23 @@ def die_while_writing(path, calls):
 
     os.pwrite = some
     fill(path)
+
+
+def die_while_moving(path, calls):
+    """Make a store with all rows in an empty folder, and die instead of the given rename."""
+    left = [calls]
+
+    def counted(rename):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(*args, **kwargs)
+
+        return call
+
+    os.replace, os.rmdir = counted(os.replace), counted(os.rmdir)
+    from_arrays(path, {"a": torch.ones(ROWS, 4), "b": torch.ones(ROWS, 3)})
 
 
 def write_slowly(path, begun):

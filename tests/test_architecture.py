@@ -15,8 +15,8 @@ ALLOWED = {
     "distributed": {"nn", "functional", "packing", "reduction"},
     "demo": {"nn", "functional", "packing", "evaluation", "teachers", "trainer"},
     "evaluation": {"packing"},
-    "trainer": {"nn", "reduction", "information"},
-    "teachers": {"packing"},
+    "trainer": {"nn", "reduction", "information", "_durable"},
+    "teachers": {"packing", "_durable"},
     "nn": {"functional", "packing", "reduction", "reference"},
     "functional": {"packing", "reduction", "linear", "ops", "reference"},
     "linear": {"plan", "ops", "packing", "dispatch", "reference"},
@@ -28,6 +28,7 @@ ALLOWED = {
     "reduction": {"dispatch"},
     "weighting": {"reduction"},
     "information": set(),
+    "_durable": set(),
     "triton": set(),
 }
 KERNEL_PACKAGE = {"functional", "linear", "ops", "dispatch", "reference", "packing", "plan"}

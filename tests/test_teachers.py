@@ -347,8 +347,8 @@ def test_merge_checks_what_it_joins(tmp_path):
     for number, (other, message) in enumerate(
         [
             (make("2", rows=5), "stores[1]: expected 4 rows like stores[0], got 5"),
-            (make("3", dims={"a": 3}), "stores[1]: expected Teacher(name='a', dim=2"),
-            (make("4", dtype="int8"), "stores[1]: expected Teacher(name='a', dim=2"),
+            (make("3", dims={"a": 3}), "stores[1]: dim of a: expected 2, got 3"),
+            (make("4", dtype="int8"), "stores[1]: dtype of a: expected 'float16', got 'int8'"),
             (make("5", ids="abcd"), "stores[1]: expected row ids of hash"),
         ]
     ):
@@ -396,13 +396,19 @@ def test_create_opens_the_same_and_refuses_another(tmp_path):
     assert again[:][1].all()
     with pytest.raises(ValueError, match="path: expected a new or an empty folder"):
         TeacherStore.create(tmp_path / "deep/s", **options)
-    for change in (
-        {"dims": {"a": 4}},
-        {"rows": 4, "ids": None},
-        {"ids": "xyw"},
-        {"revision": None},
+    for change, message in (
+        ({"dims": {"a": 4}}, "dim of a: expected 4, got 5"),
+        (
+            {"rows": 4, "ids": None},
+            f"rows: expected 4, got 3; hash of ids: expected None, got '{store.ids}'",
+        ),
+        ({"ids": "xyw"}, f"hash of ids: expected '{hash_ids('xyw')}', got '{store.ids}'"),
+        ({"revision": None}, "revision of a: expected None, got 'main'"),
+        ({"dtype": "int8"}, "dtype of a: expected 'int8', got 'float16'"),
+        ({"dims": {"b": 5, "a": 5}}, "other teachers: expected b, got none"),
     ):
-        with pytest.raises(ValueError, match="path: expected a store of Index"):
+        # to its end: what is the same is not named
+        with pytest.raises(ValueError, match=f"s is another store: {re.escape(message)}$"):
             TeacherStore.create(tmp_path / "deep/s", **options | change, exist_ok=True)
 
 

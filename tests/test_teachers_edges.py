@@ -48,8 +48,15 @@ def test_nothing_is_written_through_a_file_that_was_swapped(tmp_path, name, link
     assert not other.present("a").any()
 
 
-@pytest.mark.parametrize("change", [{"dims": {"a": 8}}, {"rows": 9}, {"dims": {"b": 4}}])
-def test_a_store_of_another_shape_is_not_unpickled(tmp_path, change):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dims": {"a": 8}}, "dim of a: expected 4, got 8"),
+        ({"rows": 9}, "rows: expected 10, got 9"),
+        ({"dims": {"b": 4}}, "other teachers: expected a, got none"),
+    ],
+)
+def test_a_store_of_another_shape_is_not_unpickled(tmp_path, change, message):
     options = {"dims": {"a": 4}, "rows": 10}
     store = TeacherStore.create(tmp_path / "s", **options)
     sent = pickle.dumps(store)
@@ -58,7 +65,7 @@ def test_a_store_of_another_shape_is_not_unpickled(tmp_path, change):
     shutil.rmtree(tmp_path / "s")
     TeacherStore.create(tmp_path / "s", **options | change)
     for attempt in (lambda: pickle.loads(sent), store.subset, lambda: store.add({"new": 3})):
-        with pytest.raises(ValueError, match="path: expected a store of Index"):
+        with pytest.raises(ValueError, match=f"s is another store: {message}$"):
             attempt()
     assert not (tmp_path / "s/new").exists()
 
@@ -145,11 +152,19 @@ def test_embed_takes_a_hugging_face_encoder_as_the_page_says(tmp_path, kind):
         ids = torch.stack(items)
         return kind({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
-    store = TeacherStore.create(tmp_path / "s", {"cls": 8, "encoder": 8}, 6, dtype="float32")
+    wrapped = {
+        "cls": model,
+        "compiled": torch.compile(model, backend="eager"),
+        "parallel": torch.nn.DataParallel(model),
+        "both": torch.compile(torch.nn.DataParallel(model), backend="eager"),
+    }
+    dims = dict.fromkeys([*wrapped, "encoder"], 8)
+    store = TeacherStore.create(tmp_path / "s", dims, 6, dtype="float32")
     options = {"collate_fn": collate, "device": "cpu", "batch_size": 3, "progress": False}
     first = lambda output, batch: output.last_hidden_state[:, 0]  # noqa: E731
-    embed(model, tokens, store, "cls", pooling=first, **options)
-    assert model.training
+    for name, each in wrapped.items():
+        embed(each, tokens, store, name, pooling=first, **options)
+        assert model.training
     embed(Encoder(model, "cls"), tokens, store, "encoder", **options)
     with torch.no_grad():
         expected = model.eval()(input_ids=tokens).last_hidden_state[:, 0]
@@ -165,6 +180,84 @@ def test_a_module_may_take_the_mapping_itself(tmp_path):
     items = [{"x": torch.ones(3)} for _ in range(4)]
     store = TeacherStore.create(tmp_path / "s", {"a": 3}, 4)
     assert embed(Model(), items, store, "a", progress=False) == 4
+
+
+class Passing(torch.nn.Module):
+    """A wrapper that passes on what it gets."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, *args, **kwargs):
+        return self.inside(*args, **kwargs)
+
+
+class Named(torch.nn.Module):
+    def forward(self, x, **kwargs):
+        return x.float()
+
+
+@pytest.mark.parametrize("wrap", [Passing, lambda model: Passing(Passing(model))])
+def test_a_wrapper_is_called_as_what_is_in_it(tmp_path, wrap):
+    class Whole(torch.nn.Module):
+        def forward(self, batch):
+            return 2 * batch["x"].float()
+
+    items = [{"x": torch.ones(3), "row": 0} for _ in range(4)]
+    store = TeacherStore.create(tmp_path / "s", {"named": 3, "whole": 3}, 4)
+    embed(wrap(Named()), items, store, "named", progress=False)
+    embed(wrap(Whole()), items, store, "whole", progress=False)
+    assert store[:][0].tolist() == [[1.0] * 3 + [2.0] * 3] * 4
+
+
+def test_a_model_of_another_revision_is_refused_before_it_is_called(tmp_path):
+    def model(batch):
+        raise AssertionError("called")
+
+    options = {"dims": {"a": 3, "b": 3}, "revision": {"a": "v1"}, "rows": 4}
+    store = TeacherStore.create(tmp_path / "s", **options)
+    for name, revision, message in (
+        ("a", "v2", "revision: expected 'v1', as the store has it of a, got 'v2'"),
+        ("b", "v2", r"has none of b, got 'v2'; give revision={'b': 'v2'} to TeacherStore\.create"),
+        ("c", "v2", "teacher: expected one of a, b, got 'c'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            embed(model, ones(4, 3), store, name, revision=revision, progress=False)
+    identity = torch.nn.Identity()
+    assert embed(identity, ones(4, 3), store, "a", revision="v1", progress=False) == 4
+    with pytest.raises(ValueError, match="expected 'v1'"):  # where nothing is left to compute too
+        embed(identity, ones(4, 3), store, "a", revision="v2", progress=False)
+    assert embed(identity, ones(4, 3), store, "b", progress=False) == 4
+
+
+def test_a_store_is_shown_in_one_line(tmp_path):
+    dims = {"clip": 24, "dino": 16}
+    store = TeacherStore.create(tmp_path / "s", dims, 10, dtype={"dino": "int8"})
+    path = repr(str(tmp_path / "s"))
+    assert repr(store) == f"TeacherStore(clip 24 float16, dino 16 int8; 10 rows; {path})"
+    shown = f"TeacherStore(dino 16 int8; 1 of 2 teachers; 3 rows chosen of 10; {path})"
+    assert str(store.subset(["dino"], [4, 2, 3])) == shown
+    resident = store.to("cpu")
+    assert repr(resident) == "ResidentStore(clip 24, dino 16; 10 rows; float32 on cpu)"
+    many = TeacherStore.create(tmp_path / "many", {f"t{n}": 1 for n in range(100)}, 1)
+    assert "t7 1 float16, 92 more; 1 rows" in repr(many)
+
+
+def test_differences_of_many_teachers_are_a_short_message(tmp_path):
+    dims = {f"t{number}": 2 for number in range(100)}
+    TeacherStore.create(tmp_path / "s", dims, 4)
+    for change, message in (
+        ({"dtype": "int8"}, "dtype of t7: expected 'int8', got 'float16'; 92 more"),
+        ({"dims": dims | {"new": 1}}, "other teachers: expected new, got none"),
+        ({"dims": {"t0": 2}}, "other teachers: expected none, got t1, .* t8, 91 more"),
+        (
+            {"dims": {"t1": 2, "t0": 2} | dims},
+            "another store: order of teachers: expected t1, t0, got t0, t1",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"{message}$"):
+            TeacherStore.create(tmp_path / "s", **{"dims": dims} | change, rows=4, exist_ok=True)
 
 
 def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
@@ -207,7 +300,7 @@ def test_an_empty_folder_stays_what_it_is(tmp_path, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", busy)
-    (tmp_path / "s/.making.0").mkdir()  # what a killed process leaves
+    (tmp_path / f"s/.making.{'0' * 32}").mkdir()  # what a killed process leaves
     with pytest.raises(ValueError, match="a: expected finite numbers"):
         from_arrays(tmp_path / "s", {"a": ones(10, 4) / 0})
     assert list((tmp_path / "s").iterdir()) == []

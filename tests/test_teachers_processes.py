@@ -92,6 +92,32 @@ def test_killed_in_the_middle_of_any_write_loses_nothing(empty, whole):
     assert files(empty) == files(whole)
 
 
+@pytest.mark.parametrize("calls", range(1, 12))
+def test_renames_that_a_kill_cut_short_are_finished_by_the_next_create(tmp_path, calls):
+    # Six make a store without rows in the folder aside; the seventh says that it is whole.
+    assert finish(run(workers.die_while_moving, tmp_path, calls)) == [-signal.SIGKILL]
+    options = {"dims": {"a": 4, "b": 3}, "rows": workers.ROWS}
+    store = TeacherStore.create(tmp_path, **options, exist_ok=True)
+    assert store[:][1].all().item() == (calls > 7)
+    assert store.verify() == {}
+    with pytest.raises(ValueError, match="path: expected a new or an empty folder"):
+        TeacherStore.create(tmp_path, **options)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b", "index.json"]
+
+
+@pytest.mark.parametrize("name", ["b", "index.json"])
+def test_a_file_that_is_in_the_way_of_the_renames_stays(tmp_path, name):
+    assert finish(run(workers.die_while_moving, tmp_path, 8)) == [-signal.SIGKILL]
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"path: expected .*{name} to take its name, got .*{name}"):
+        TeacherStore.create(tmp_path, {"a": 4, "b": 3}, workers.ROWS)
+    assert (tmp_path / name).read_text() == "mine"
+    assert [file.name for file in tmp_path.glob("[!.]*")] == [name]  # nothing was moved
+    (tmp_path / name).unlink()
+    options = {"dims": {"a": 4, "b": 3}, "rows": workers.ROWS, "exist_ok": True}
+    assert TeacherStore.create(tmp_path, **options)[:][1].all()
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_share_the_rows(empty, whole, world_size):
     ranks = [run(workers.fill, empty.path, rank, world_size) for rank in range(world_size)]

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .files import locked, sync_folder
+from .._durable import flush
+from .files import locked
 
-_BEGUN = ".making."  # what the name of a folder that is not complete begins with, inside another
+# What the name of a folder inside another begins with: not complete yet; complete and moving up.
+_BEGUN, _WHOLE = ".making.", ".moving."
+_HEX = "[0-9a-f]" * 32
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -29,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    flush(path.parent)
 
 
 @contextmanager
@@ -43,19 +46,33 @@ def making(path: str | os.PathLike[str]) -> Iterator[Path]:
         with _aside(root.with_name(f".{root.name}.{uuid.uuid4().hex}")) as aside:
             yield aside
             os.replace(aside, root)
-        sync_folder(root.parent)
+        flush(root.parent)
         return
     if not root.is_dir():
         raise ValueError(f"path: expected a new or an empty folder, got {root}")
     with locked(root):
-        for left in root.glob(f"{_BEGUN}*"):  # by a process that was killed: we have the lock
-            shutil.rmtree(left)
+        _clear(root)
         if any(root.iterdir()):
             raise ValueError(f"path: expected a new or an empty folder, got {root}")
         with _aside(root / f"{_BEGUN}{uuid.uuid4().hex}") as aside:
             yield aside
-            _move_up(aside)
-        sync_folder(root)
+            whole = aside.with_name(aside.name.replace(_BEGUN, _WHOLE))
+            os.replace(aside, whole)
+            try:
+                _move_up(whole)
+            except BaseException:
+                os.replace(whole, aside)
+                raise
+        flush(root)
+
+
+def _clear(root: Path) -> None:
+    """Remove what killed processes have begun, and finish what they moved: we have the lock."""
+    for left in root.glob(_BEGUN + _HEX):
+        shutil.rmtree(left)
+    for left in root.glob(_WHOLE + _HEX):
+        if not left.is_symlink():
+            _move_up(left)
 
 
 @contextmanager
@@ -73,7 +90,9 @@ def _move_up(folder: Path) -> None:
     moved: list[Path] = []
     try:
         for entry in sorted(folder.iterdir(), key=Path.is_file):
-            os.replace(entry, above := folder.parent / entry.name)
+            if os.path.lexists(above := folder.parent / entry.name):
+                raise ValueError(f"path: expected {entry} to take its name, got {above}")
+            os.replace(entry, above)
             moved.append(above)
     except BaseException:
         for entry in moved:

@@ -19,8 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .._durable import flush
 from .encoding import as_tensor, encode
-from .files import lock, make_array, open_array, parts, sync_folder, write_rows
+from .files import lock, make_array, open_array, parts, write_rows
 from .format import Teacher
 
 Array = npt.NDArray[Any]
@@ -32,7 +33,7 @@ def make_column(folder: Path, teacher: Teacher, rows: int) -> None:
     folder.mkdir()
     for name, (dtype, shape) in teacher.files(rows).items():
         make_array(folder / name, dtype, shape)
-    sync_folder(folder)
+    flush(folder)
 
 
 class Column:

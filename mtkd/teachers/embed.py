@@ -27,6 +27,7 @@ def embed(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     pooling: Callable[[Any, Any], Tensor] | None = None,
     device: torch.device | str | None = None,
+    revision: str | None = None,
     rank: int | None = None,
     world_size: int | None = None,
     write_every: int = 8,
@@ -38,7 +39,9 @@ def embed(
     Args:
         model: a callable from a batch to embeddings ``(n, D_t)``, a tensor or an array. A module
             runs in evaluation mode, and is put back afterwards; one whose `forward` has arguments
-            named like keys of the batch, as those of Hugging Face, gets the batch as keywords.
+            named like keys of the batch, as those of Hugging Face, gets the batch as keywords. A
+            wrapper whose `forward` is ``(*args, **kwargs)``, such as torch.compile's, is called as
+            the one module in it would be.
         dataset: has a length and gives an item for each number, as `DataLoader` takes it.
         store: the store, which may be filled in part.
         teacher: the teacher's name in the store.
@@ -47,8 +50,10 @@ def embed(
         collate_fn: makes a batch of a list of items; None for PyTorch's own.
         pooling: makes the embeddings of what the model returns and of the batch.
         device: where batches are moved; None leaves them. The model has to be there.
+        revision: the model's revision, which has to be the one that the store was created with;
+            None compares nothing.
         rank: which share of the batches this process takes; None asks torch.distributed, if
-            initialised.
+            initialised. Shares differ in length: the model must not wait for other ranks.
         world_size: the number of shares; likewise.
         write_every: batches that are written together: a process that is killed has computed at
             most these in vain. Each time costs a few waits for the disk.
@@ -59,9 +64,9 @@ def embed(
         The number of rows that this process has written.
 
     Raises:
-        ValueError: rows or teacher that the store does not have, embeddings of another width, NaN,
-            infinity or overflow in the stored dtype. What was written before stays; of the
-            `write_every` batches of that time none is written.
+        ValueError: rows or teacher that the store does not have, another revision than the store's;
+            embeddings of another width, NaN, infinity or overflow in the stored dtype. What was
+            written before stays; of the `write_every` batches of that time none is written.
         TypeError: what the model returns is neither a tensor nor an array; a dataset of unknown
             length.
 
@@ -90,6 +95,7 @@ def embed(
     rank, world_size = _share(rank, world_size)
     batches = _batches(len(numbers), batch_size, rank, world_size)
     present = store.present(teacher)[numbers]
+    _check_revision(store, teacher, revision)
     missing = [batch for batch in batches if not present[batch.start : batch.stop].all()]
     sampler: Any = missing
     loader: DataLoader[Any] = DataLoader(
@@ -129,6 +135,21 @@ def _rows_of(dataset: Any, store: TeacherStore, rows: Any) -> Tensor:
     return numbers
 
 
+def _check_revision(store: TeacherStore, teacher: str, revision: str | None) -> None:
+    recorded = store.revisions[teacher]
+    if revision is None or revision == recorded:
+        return
+    if recorded is None:
+        first = f"revision={{{teacher!r}: {revision!r}}} to TeacherStore.create or add"
+        raise ValueError(
+            f"revision: expected None, since the store has none of {teacher}, got {revision!r};"
+            f" give {first} to have it compared"
+        )
+    raise ValueError(
+        f"revision: expected {recorded!r}, as the store has it of {teacher}, got {revision!r}"
+    )
+
+
 def _batches(count: int, size: int, rank: int, world_size: int) -> list[range]:
     """Positions of each batch of one share; how batches are cut does not depend on the share."""
     batches = -(-count // size)
@@ -150,10 +171,22 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
 def _call(model: Callable[..., Any], batch: Any) -> Any:
     """Call a model on a batch: a module that names its keys takes them as keywords."""
     if isinstance(model, torch.nn.Module) and isinstance(batch, Mapping):
-        named = inspect.signature(model.forward).parameters
+        named = _arguments(model)
         if any(key in named for key in batch):
             return model(**batch)
     return model(batch)
+
+
+def _arguments(model: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The arguments of `forward`; those of the one module in a wrapper that passes all on.
+
+    Such are the wrappers of torch.compile, torch.nn.parallel and PEFT.
+    """
+    named = inspect.signature(model.forward).parameters
+    kinds = [parameter.kind for parameter in named.values()]
+    inside = list(model.children())
+    passes_on = kinds == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
+    return _arguments(inside[0]) if passes_on and len(inside) == 1 else named
 
 
 def _share(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -164,15 +164,6 @@ def parts(rows: int, most: int) -> Iterator[slice]:
         yield slice(start, min(start + most, rows))
 
 
-def sync_folder(path: Path) -> None:
-    """Make names of files in a folder reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def lock(descriptor: int) -> None:
     """Take a file's or folder's lock against other processes, until it is closed."""
     import fcntl  # only writing needs it: a store can be read where there is none

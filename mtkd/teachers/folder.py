@@ -10,7 +10,16 @@ from torch import Tensor
 from .aside import making, replace_file
 from .column import Column, make_column
 from .files import locked, open_inside
-from .format import INDEX, LARGEST_INDEX, Index, Teacher, hash_ids, list_ids
+from .format import (
+    INDEX,
+    LARGEST_INDEX,
+    Index,
+    Teacher,
+    compare,
+    compare_teachers,
+    hash_ids,
+    list_ids,
+)
 
 
 def load_index(root: Path) -> Index:
@@ -42,8 +51,8 @@ def create_folder(path: str | os.PathLike[str], index: Index, exist_ok: bool) ->
         except (OSError, ValueError):
             if not (exist_ok and there.exists()):  # or else another process was faster
                 raise
-    if (found := load_index(Path(path))) != index:
-        raise ValueError(f"path: expected a store of {index}, got {found} in {path}")
+    if differences := compare(index, load_index(Path(path))):
+        raise ValueError(f"path: {path} is another store: {differences}")
 
 
 def join_folder(
@@ -81,9 +90,8 @@ def extend_folder(root: Path, view: Index, new: tuple[Teacher, ...]) -> None:
 
 def check_same(root: Path, view: Index, index: Index) -> tuple[Teacher, ...]:
     """Return a view's teachers, if the folder still has them and the same rows."""
-    same = (view.rows, view.ids) == (index.rows, index.ids)
-    if not same or not set(view.teachers) <= set(index.teachers):
-        raise ValueError(f"path: expected a store of {view}, got {index} in {root}")
+    if differences := compare(view, index, more=True):
+        raise ValueError(f"path: {root} is another store: {differences}")
     return view.teachers
 
 
@@ -113,6 +121,6 @@ def merge_indices(indices: list[Index]) -> Index:
         ids = ids or own.ids
         for teacher in own.teachers:
             first = teachers.setdefault(teacher.name, teacher)
-            if teacher != first:
-                raise ValueError(f"stores[{number}]: expected {first}, got {teacher}")
+            if differences := compare_teachers(first, teacher):
+                raise ValueError(f"stores[{number}]: {differences}")
     return Index(rows, tuple(teachers.values()), ids)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 FORMAT, VERSION = "mtkd.teachers", 1
 INDEX = "index.json"
 LARGEST_INDEX = 1 << 24  # bytes
+_MOST_SAID = 8  # teachers, or differences, in one line
 _MOST = 1 << 48  # rows, and columns
 
 # How the numbers of each dtype lie in values.npy.
@@ -109,6 +110,56 @@ class Index:
             _check_keys("a teacher", teacher, {"name", "dim", "dtype", "revision"})
         teachers = tuple(Teacher(**teacher) for teacher in content["teachers"])
         return cls(content["rows"], teachers, content["ids"])
+
+
+_Pair = tuple[str, Any, Any]  # what it is, expected, found
+
+
+def compare(expected: Index, found: Index, more: bool = False) -> str:
+    """What a store has that was not expected, field by field; "" if it is the same.
+
+    With `more` it may have other teachers besides, and in another order.
+    """
+    wanted, there = ({each.name: each for each in index.teachers} for index in (expected, found))
+    missing = [name for name in wanted if name not in there]
+    besides = [name for name in there if name not in wanted and not more]
+    pairs: list[_Pair] = [
+        ("rows", expected.rows, found.rows),
+        ("hash of ids", expected.ids, found.ids),
+        ("other teachers", missing, besides),
+    ]
+    if not (missing or besides or more):
+        moved = [names for names in zip(wanted, there, strict=True) if names[0] != names[1]]
+        pairs.append(("order of teachers", [a for a, _ in moved], [b for _, b in moved]))
+    for name in (name for name in wanted if name in there):
+        pairs += _fields(wanted[name], there[name])
+    return _say(pairs)
+
+
+def compare_teachers(expected: Teacher, found: Teacher) -> str:
+    """What a teacher of the same name has otherwise than expected; "" if it is the same."""
+    return _say(_fields(expected, found))
+
+
+def _fields(expected: Teacher, found: Teacher) -> list[_Pair]:
+    names = [field.name for field in fields(Teacher)]
+    of = expected.name
+    return [(f"{name} of {of}", getattr(expected, name), getattr(found, name)) for name in names]
+
+
+def _say(pairs: list[_Pair]) -> str:
+    said = [f"{what}: expected {_short(a)}, got {_short(b)}" for what, a, b in pairs if a != b]
+    return join_some(said, "; ")
+
+
+def _short(value: Any) -> str:
+    return join_some(value, ", ") or "none" if isinstance(value, list) else f"{value!r:.200}"
+
+
+def join_some(texts: list[str], between: str) -> str:
+    """Join the first few of many texts, and say how many there are more."""
+    rest = [f"{len(texts) - _MOST_SAID} more"] if len(texts) > _MOST_SAID else []
+    return between.join(texts[:_MOST_SAID] + rest)
 
 
 def hash_ids(ids: Iterable[str | int]) -> str:

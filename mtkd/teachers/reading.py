@@ -11,7 +11,7 @@ from ..packing import offsets
 from .column import Column
 from .encoding import DTYPES
 from .files import parts
-from .format import Teacher
+from .format import Teacher, join_some
 
 CHUNK = 256  # rows that are converted at once: they stay in a cache
 LOADED = 4096  # rows that go to a device at once
@@ -147,6 +147,11 @@ class ResidentStore:
                 kept = [column.scales[chosen] for column in columns if column.scales is not None]
                 scales[part] = torch.stack(kept, 1).masked_fill(~host[1], 0)
         return cls({teacher.name: teacher.dim for teacher in teachers}, values, scales, mask)
+
+    def __repr__(self) -> str:
+        named = join_some([f"{name} {dim}" for name, dim in self.dims.items()], ", ")
+        dtype = str(self._values.dtype).removeprefix("torch.")
+        return f"ResidentStore({named}; {len(self)} rows; {dtype} on {self.device})"
 
     def __len__(self) -> int:
         return len(self._mask)

@@ -70,9 +70,10 @@ class TeacherStore(View):
             rows: the number of rows, which all teachers share.
             dtype: how numbers are stored: "float16", "bfloat16", "float32" or "int8" (with a
                 scale a row), or a mapping by teacher.
-            revision: the revision of each model, to be kept with its name.
+            revision: the revision of each model, any string; `embed` compares its own with it.
             ids: the id of each row, strings or integers; their hash is kept, see `hash_ids`.
-            exist_ok: whether to open a store that is there, if all of the above is the same.
+            exist_ok: whether to open a store that is there, if all of the above is the same; an
+                error says what is not.
 
         Raises:
             ValueError: a folder with something in it, an unknown dtype, a name or width that

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .column import Column
 from .folder import check_same, load_index
-from .format import Index, Teacher
+from .format import Index, Teacher, join_some
 from .reading import ResidentStore, as_rows, check_out, common_dtype, empty, gather
 
 PathLike = str | os.PathLike[str]
@@ -54,6 +54,13 @@ class View:
     def ids(self) -> str | None:
         """The hash of the rows' ids, see `hash_ids`; None if none were given, or of a view."""
         return self._index.ids if self._chosen is None else None
+
+    def __repr__(self) -> str:
+        named = join_some([f"{each.name} {each.dim} {each.dtype}" for each in self._teachers], ", ")
+        shown, there = len(self._columns), len(self._index.teachers)
+        teachers = named if shown == there else f"{named}; {shown} of {there} teachers"
+        rows = "" if self._chosen is None else f" chosen of {self._index.rows}"
+        return f"{type(self).__name__}({teachers}; {len(self)} rows{rows}; {str(self.path)!r})"
 
     def __len__(self) -> int:
         return self._index.rows if self._chosen is None else len(self._chosen)

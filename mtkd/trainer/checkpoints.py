@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from .._durable import flush
+
 ASIDE = ".saving"  # a folder beside the checkpoints, whose name no one takes for one
 STATE = "distillation.json"
 
@@ -95,21 +97,12 @@ class CheckpointTrainer(Trainer):  # type: ignore[misc]
 def publish(aside: Path, final: Path) -> None:
     """Give a whole checkpoint its name, in place of an older one; empty the folder it was in."""
     for file in aside.rglob("*"):
-        _flush(file)
+        flush(file)
     if final.exists():
         os.replace(final, aside.with_name(f"old-{final.name}"))
     os.replace(aside, final)
-    _flush(final.parent)
+    flush(final.parent)
     shutil.rmtree(aside.parent, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written, so that a name never outlives its content."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def savable(state: Mapping[str, Any]) -> dict[str, Tensor]:
