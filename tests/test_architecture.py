@@ -15,8 +15,8 @@ ALLOWED = {
     "distributed": {"nn", "functional", "packing", "reduction"},
     "demo": {"nn", "functional", "packing", "evaluation", "teachers", "trainer"},
     "evaluation": {"packing"},
-    "trainer": {"nn", "reduction", "information", "_durable"},
-    "teachers": {"packing", "_durable"},
+    "trainer": {"nn", "reduction", "information", "_durable", "_signature"},
+    "teachers": {"packing", "_durable", "_signature"},
     "nn": {"functional", "packing", "reduction", "reference"},
     "functional": {"packing", "reduction", "linear", "ops", "reference"},
     "linear": {"plan", "ops", "packing", "dispatch", "reference"},
@@ -29,6 +29,7 @@ ALLOWED = {
     "weighting": {"reduction"},
     "information": set(),
     "_durable": set(),
+    "_signature": set(),
     "triton": set(),
 }
 KERNEL_PACKAGE = {"functional", "linear", "ops", "dispatch", "reference", "packing", "plan"}

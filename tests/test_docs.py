@@ -27,6 +27,7 @@ def test_links_lead_somewhere(page):
 
 WITH_EXAMPLES = [
     "README.md",
+    "docs/classification.md",
     "docs/evaluation.md",
     "docs/tutorial-text.md",
     "docs/projectors.md",

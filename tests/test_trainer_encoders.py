@@ -55,6 +55,14 @@ class Tokens(torch.nn.Module):
         return input_ids.float().unsqueeze(-1)
 
 
+def test_a_wrapper_is_called_as_what_it_wraps():
+    model = bert().eval()
+    wrapped = Encoder(torch.compile(model, backend="eager"), "mean")
+    assert wrapped.keys == Encoder(model, "mean").keys
+    given = batch(texts(4))
+    torch.testing.assert_close(wrapped(given), Encoder(model, "mean")(given))
+
+
 def test_pooling_knows_padding_that_the_model_does_not():
     given = batch(texts(4)[1::2])
     for encoder in (Encoder(Tokens(), "mean"), Encoder(Tokens(), "mean", inputs=("input_ids",))):

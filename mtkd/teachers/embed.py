@@ -1,6 +1,5 @@
 """Fill a store from a model: in batches, resumed where a run was stopped, shared by processes."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .._signature import forward_arguments
 from .encoding import check_values
 from .reading import as_rows
 from .store import TeacherStore
@@ -171,22 +171,10 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
 def _call(model: Callable[..., Any], batch: Any) -> Any:
     """Call a model on a batch: a module that names its keys takes them as keywords."""
     if isinstance(model, torch.nn.Module) and isinstance(batch, Mapping):
-        named = _arguments(model)
+        named = forward_arguments(model)
         if any(key in named for key in batch):
             return model(**batch)
     return model(batch)
-
-
-def _arguments(model: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
-    """The arguments of `forward`; those of the one module in a wrapper that passes all on.
-
-    Such are the wrappers of torch.compile, torch.nn.parallel and PEFT.
-    """
-    named = inspect.signature(model.forward).parameters
-    kinds = [parameter.kind for parameter in named.values()]
-    inside = list(model.children())
-    passes_on = kinds == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
-    return _arguments(inside[0]) if passes_on and len(inside) == 1 else named
 
 
 def _share(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._signature import forward_arguments
+
 POOLINGS = ("cls", "last", "mean", "pooler")
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 SENTENCE = "sentence_embedding"
@@ -77,8 +79,7 @@ class Encoder(nn.Module):
             tokenizer = getattr(self.model, "tokenizer", None)
             return tuple(getattr(tokenizer, "model_input_names", TOKENS)), ()
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        parameters = inspect.signature(self.model.forward).parameters.values()
-        named = [p for p in parameters if p.kind in kinds]
+        named = [p for p in forward_arguments(self.model).values() if p.kind in kinds]
         required = tuple(p.name for p in named if p.default is inspect.Parameter.empty)
         return tuple(p.name for p in named), required
 
