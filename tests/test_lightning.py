@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
@@ -41,6 +42,7 @@ def trained(folder, processes):
 
 
 def test_two_processes_train_as_one(tmp_path):
+    pytest.importorskip("lightning")
     folders = [tmp_path / str(processes) for processes in (1, 2)]
     for folder in folders:
         folder.mkdir()
