@@ -11,9 +11,11 @@ import torch
 pytest.importorskip("sklearn")
 
 from scipy.stats import pearsonr, rankdata
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.metrics import mutual_info_score
 from sklearn.metrics.pairwise import cosine_distances
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from mtkd.evaluation import (
     evaluate,
@@ -185,6 +187,24 @@ def test_reconstruction_of_a_teacher_wider_than_the_student():
     assert again == pytest.approx(score)
 
 
+@pytest.mark.parametrize("flat", [(2,), (0, 2)])
+def test_r2_counts_the_errors_of_columns_that_are_constant_on_the_test_rows(flat):
+    x = draw(40, 3)
+    y = np.concatenate([x[:, :2], draw(40, 1, seed=1)], 1)
+    y[30:, flat] = 5.0
+    split = x[:30], y[:30], x[30:], y[30:]
+    reader = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 3, 6))).fit(x[:30], y[:30])
+    errors = np.square(y[30:] - reader.predict(x[30:])).sum()
+    formula = 1 - errors / np.square(y[30:] - y[30:].mean(0)).sum()
+    assert formula < 0
+    assert reconstruction_r2(*split) == pytest.approx(formula)
+    turn = np.linalg.qr(draw(3, 3, seed=3))[0]
+    turned = reconstruction_r2(x[:30], y[:30] @ turn, x[30:], y[30:] @ turn)
+    assert turned == pytest.approx(reconstruction_r2(*split), rel=1e-9)
+    small = reconstruction_r2(x[:30], 1e-200 * y[:30], x[30:], 1e-200 * y[30:])
+    assert small == pytest.approx(turned, rel=0.05)  # of another penalty, perhaps
+
+
 # -- geometry
 
 
@@ -313,6 +333,25 @@ def test_evaluate_takes_packed_teachers_and_skips_absent_rows():
     assert numbered["r2/1"] == scores["r2/b"]
 
 
+def test_evaluate_of_one_column_leaves_isotropy_out():
+    x, y = draw(90, 1), np.arange(90) % 3
+    assert evaluate(x, labels=y).keys() == {"linear", "logistic", "knn", "nmi"}
+    with pytest.raises(ValueError, match="isotropy: embeddings: expected at least 2 columns"):
+        evaluate(x, labels=y, only=("isotropy",))
+
+
+def test_a_teacher_that_cannot_be_scored_is_named():
+    x, mask = draw(30, 3), np.ones((30, 2), dtype=bool)
+    mask[:, 1] = False
+    given = {"teachers": {"a": x, "b": x}, "mask": mask, "held_out": np.arange(30) >= 20}
+    with pytest.raises(ValueError, match="mask: expected rows of teacher 'b', got none"):
+        evaluate(x, **given)
+    assert evaluate(x, **given, only=("isotropy",)).keys() == {"isotropy"}
+    mask[:2, 1] = True  # none of them held out
+    with pytest.raises(ValueError, match=r"r2/b: test: expected shape \(N, 3\), got shape \(0, 3"):
+        evaluate(x, **given)
+
+
 # -- mistakes
 
 X, Y = draw(12, 3), np.arange(12) % 3
@@ -379,6 +418,8 @@ FULL = np.ones((12, 1), dtype=bool)
             "embeddings: expected more row",
         ),
         (lambda: evaluate(X, labels=Y, only=["knn", "r2"]), "only: expected some of linear, log"),
+        (lambda: evaluate(1e160 * X, labels=Y), "embeddings: expected magnitudes up to 1e+140, wh"),
+        (lambda: isotropy(X - 1e300), "embeddings: expected magnitudes up to 1e+140, whose squares"),
         (lambda: evaluate(X, teachers=X), "dims: expected the widths of packed teachers, got None"),
         (
             lambda: evaluate(X, teachers=X, dims=(2, 2)),
@@ -418,6 +459,8 @@ def test_mistakes_are_one_clear_error(call, message):
             "neighbours: expected a whole number, got f",
         ),
         (lambda: evaluate(X, pairs=(Y, Y)), "pairs: expected three sequences"),
+        (lambda: evaluate(X, labels=Y, only="knn"), "only: expected several names, such as ("),
+        (lambda: evaluate(X, labels=Y, only=1), "only: expected several names, such as ("),
     ],
 )
 def test_wrong_types_are_one_clear_error(call, message):

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[Any]
+_LARGEST = 1e140  # sums of squares of these stay far from what float64 cannot hold
 
 
 def to_array(values: Any) -> Array:
@@ -20,7 +21,10 @@ def to_array(values: Any) -> Array:
 
 
 def to_columns(name: str, values: Any, rows: int | None = None, width: int | None = None) -> Array:
-    """Return finite numbers ``(N, H)`` in float64, N and H at least 1 or as asked."""
+    """Return numbers ``(N, H)`` in float64, N and H at least 1 or as asked.
+
+    They are finite, and so are sums of their squares.
+    """
     array = to_array(values)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{name}: expected numbers, got dtype {array.dtype}")
@@ -34,6 +38,11 @@ def to_columns(name: str, values: Any, rows: int | None = None, width: int | Non
     if bad:
         raise ValueError(
             f"{name}: expected finite numbers, got NaN or infinity in {bad} of {len(array)} rows"
+        )
+    if (largest := np.abs(array).max()) > _LARGEST:
+        raise ValueError(
+            f"{name}: expected magnitudes up to {_LARGEST:g}, whose squares fit float64,"
+            f" got {largest:g}"
         )
     return array
 

@@ -240,7 +240,8 @@ def ridge_probe(
         test: embeddings ``(M, H)`` on which it is scored, two rows or more.
         test_values: what to read there, ``(M,)`` or ``(M, K)``.
         average: over K: "uniform" is the mean of :math:`R^2_j`; "variance" adds the numerators
-            and the denominators first, so that a rotation of the values changes nothing.
+            and the denominators first, those of constant columns too, so that a rotation of the
+            values changes nothing.
 
     Returns:
         R² on `test`, in (-inf, 1], higher is better; 0 is what the mean of `test_values` gives.
@@ -255,7 +256,7 @@ def ridge_probe(
 
     Source:
         Hoerl and Kennard, "Ridge Regression", Technometrics 12 (1970); scikit-learn's `RidgeCV`
-        and `r2_score`.
+        and, for "uniform", `r2_score`.
 
     Example:
         >>> rows = [[0.0], [1.0], [2.0], [3.0]]
@@ -279,8 +280,13 @@ def ridge_probe(
         raise ValueError("test_values: expected values that vary, got a constant column")
     model = make_pipeline(StandardScaler(), RidgeCV(_PENALTIES)).fit(train, train_values)
     predicted = model.predict(test).reshape(test_values.shape)
-    how = "uniform_average" if average == "uniform" else "variance_weighted"
-    return float(r2_score(test_values, predicted, multioutput=how))
+    if average == "uniform":
+        return float(r2_score(test_values, predicted))
+    # not r2_score's own "variance_weighted": it drops the errors of constant columns
+    deviations = test_values - test_values.mean(0)
+    largest = np.abs(deviations).max()  # squares of small numbers stay above 0
+    errors = np.square((test_values - predicted) / largest).sum()
+    return float(1 - errors / np.square(deviations / largest).sum())
 
 
 def reconstruction_r2(train: Any, train_teacher: Any, test: Any, test_teacher: Any) -> float:

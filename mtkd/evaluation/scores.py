@@ -51,15 +51,17 @@ def evaluate(
             by class where there are labels), or a boolean array ``(N,)``.
         neighbours: of `knn` and `overlap`, both by cosine.
         seed: of the share held out and of k-means.
-        only: which scores to compute, such as ``("knn", "r2")``; None: all.
+        only: which scores to compute, such as ``("knn", "r2")``; None: all that the data allow.
 
     Returns:
-        Scores by name, `isotropy` among them; see each probe for range and meaning. `nmi`,
-        `overlap`, `isotropy` and `spearman` fit nothing, and take all rows.
+        Scores by name, `isotropy` among them unless there is one column alone; see each probe for
+        range and meaning. `nmi`, `overlap`, `isotropy` and `spearman` fit nothing, and take all
+        rows.
 
     Raises:
-        ValueError: shapes that do not fit, numbers that are not finite, too few rows.
-        TypeError: not numbers.
+        ValueError: shapes that do not fit, numbers that are not finite, too few rows, of a teacher
+            too: the score is named first.
+        TypeError: not numbers; `only` that is not a collection of names.
 
     Note:
         Seconds for some thousand rows. With `transformers.Trainer`:
@@ -79,6 +81,8 @@ def evaluate(
         >>> [name for name, value in scores.items() if value > 0.99]
         ['linear', 'logistic', 'knn', 'nmi', 'r2/classes']
     """
+    if only is not None and (isinstance(only, str) or not isinstance(only, Collection)):
+        raise TypeError(f'only: expected several names, such as ("knn",), got {only!r:.80}')
     columns = to_columns("embeddings", embeddings)
     rows = len(columns)
     classes = None if labels is None else to_labels("labels", labels, rows, least=2)
@@ -100,17 +104,28 @@ def evaluate(
         first, second = (columns[side] for side in _pair_rows(pairs, rows))
         asked.append(("spearman", partial(pair_spearman, first, second, pairs[2])))
     for name, teacher, known in _by_teacher(teachers, dims, mask, rows):
+        if not known.any() and (only is None or {"r2", "overlap"} & set(only)):
+            raise ValueError(f"mask: expected rows of teacher {name!r}, got none")
         fit, held = known & ~test, known & test
         parts = columns[fit], teacher[fit], columns[held], teacher[held]
         near = columns[known], teacher[known]
         asked.append((f"r2/{name}", partial(reconstruction_r2, *parts)))
         asked.append((f"overlap/{name}", partial(neighbour_overlap, *near, neighbours=neighbours)))
-    asked.append(("isotropy", partial(isotropy, columns)))
+    if columns.shape[1] > 1 or (only is not None and "isotropy" in only):
+        asked.append(("isotropy", partial(isotropy, columns)))
     wanted = {name.split("/")[0] for name, _ in asked} if only is None else set(only)
     if unknown := wanted - {name.split("/")[0] for name, _ in asked}:
         found = ", ".join(dict.fromkeys(name.split("/")[0] for name, _ in asked))
-        raise ValueError(f"only: expected some of {found}, got {', '.join(sorted(unknown))}")
-    return {name: score() for name, score in asked if name.split("/")[0] in wanted}
+        raise ValueError(f"only: expected some of {found}, got {', '.join(sorted(map(str, unknown)))}")
+    return {name: _named(name, score) for name, score in asked if name.split("/")[0] in wanted}
+
+
+def _named(name: str, score: Callable[[], float]) -> float:
+    """Return a score; an error says of which, and so of which teacher, it is."""
+    try:
+        return score()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _held_out(held_out: Any, rows: int, classes: Array | None, seed: int) -> Array:
