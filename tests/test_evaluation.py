@@ -419,7 +419,10 @@ FULL = np.ones((12, 1), dtype=bool)
         ),
         (lambda: evaluate(X, labels=Y, only=["knn", "r2"]), "only: expected some of linear, log"),
         (lambda: evaluate(1e160 * X, labels=Y), "embeddings: expected magnitudes up to 1e+140, wh"),
-        (lambda: isotropy(X - 1e300), "embeddings: expected magnitudes up to 1e+140, whose squares"),
+        (
+            lambda: isotropy(X - 1e300),
+            "embeddings: expected magnitudes up to 1e+140, whose squares",
+        ),
         (lambda: evaluate(X, teachers=X), "dims: expected the widths of packed teachers, got None"),
         (
             lambda: evaluate(X, teachers=X, dims=(2, 2)),

@@ -116,7 +116,9 @@ def evaluate(
     wanted = {name.split("/")[0] for name, _ in asked} if only is None else set(only)
     if unknown := wanted - {name.split("/")[0] for name, _ in asked}:
         found = ", ".join(dict.fromkeys(name.split("/")[0] for name, _ in asked))
-        raise ValueError(f"only: expected some of {found}, got {', '.join(sorted(map(str, unknown)))}")
+        raise ValueError(
+            f"only: expected some of {found}, got {', '.join(sorted(map(str, unknown)))}"
+        )
     return {name: _named(name, score) for name, score in asked if name.split("/")[0] in wanted}
 
 

@@ -1,5 +1,6 @@
 """Files and folders that are made aside and take their names once they are whole."""
 
+import errno
 import os
 import shutil
 import uuid
@@ -13,6 +14,14 @@ from .files import locked
 # What the name of a folder inside another begins with: not complete yet; complete and moving up.
 _BEGUN, _WHOLE = ".making.", ".moving."
 _HEX = "[0-9a-f]" * 32
+
+
+class Taken(ValueError):
+    """There is something in the folder that was to be made."""
+
+    def __init__(self, got: str) -> None:
+        super().__init__(f"path: expected a new or an empty folder, got {got}")
+        self.got = got
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -45,15 +54,20 @@ def making(path: str | os.PathLike[str]) -> Iterator[Path]:
     if not root.exists():
         with _aside(root.with_name(f".{root.name}.{uuid.uuid4().hex}")) as aside:
             yield aside
-            os.replace(aside, root)
+            try:
+                os.replace(aside, root)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                raise Taken(f"{root}, which was made in the meantime") from None
         flush(root.parent)
         return
     if not root.is_dir():
-        raise ValueError(f"path: expected a new or an empty folder, got {root}")
+        raise Taken(f"the file {root}")
     with locked(root):
         _clear(root)
-        if any(root.iterdir()):
-            raise ValueError(f"path: expected a new or an empty folder, got {root}")
+        if there := next(root.iterdir(), None):
+            raise Taken(f"{root} with {there.name}")
         with _aside(root / f"{_BEGUN}{uuid.uuid4().hex}") as aside:
             yield aside
             whole = aside.with_name(aside.name.replace(_BEGUN, _WHOLE))
@@ -68,11 +82,15 @@ def making(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _clear(root: Path) -> None:
     """Remove what killed processes have begun, and finish what they moved: we have the lock."""
-    for left in root.glob(_BEGUN + _HEX):
+    for left in _folders(root, _BEGUN + _HEX):
         shutil.rmtree(left)
-    for left in root.glob(_WHOLE + _HEX):
-        if not left.is_symlink():
-            _move_up(left)
+    for left in _folders(root, _WHOLE + _HEX):
+        _move_up(left)
+
+
+def _folders(root: Path, pattern: str) -> list[Path]:
+    """Folders of such a name; files and links of one are somebody else's, and stay."""
+    return [path for path in root.glob(pattern) if path.is_dir() and not path.is_symlink()]
 
 
 @contextmanager

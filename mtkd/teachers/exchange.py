@@ -41,6 +41,7 @@ def from_arrays(
     Raises:
         ValueError: arrays that are not two-dimensional or have different numbers of rows, NaN,
             infinity or overflow. Then nothing is left behind.
+        TypeError: arrays without names, or that are no arrays.
 
     Note:
         Rows are read and written some thousands at a time.
@@ -54,6 +55,9 @@ def from_arrays(
         ...     print(store.dims, len(store))
         {'minilm': 4} 6
     """
+    if not isinstance(arrays, Mapping):
+        kind = type(arrays).__name__
+        raise TypeError(f"arrays: expected a mapping from teachers to arrays, got {kind}")
     if not arrays:
         raise ValueError("arrays: expected at least one teacher, got none")
     opened = {name: _open(name, array) for name, array in arrays.items()}
@@ -127,7 +131,10 @@ def from_dataset(
     Raises:
         ValueError: an unknown column, lists of different lengths, NaN, infinity or overflow. Then
             nothing is left behind.
+        TypeError: one name that is not in a list.
     """
+    if isinstance(columns, str):
+        raise TypeError(f"columns: expected several names, such as [{columns!r}], got a string")
     named = columns if isinstance(columns, Mapping) else dict(zip(columns, columns, strict=True))
     unknown = [column for column in named.values() if column not in dataset.column_names]
     if unknown:

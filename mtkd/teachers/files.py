@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .mapping import map_file
+
 Array = npt.NDArray[Any]
-_ZEROS = 1 << 24  # bytes written at once where nothing can be allocated
+_ZEROS = 1 << 24  # bytes written at once where nothing can be allocated, or looked at
+_HEADER = 128  # bytes of the headers that `make_array` writes
 
 
 def make_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
@@ -33,6 +36,17 @@ def make_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None
             large = OSError(errno.EFBIG, os.strerror(errno.EFBIG))
             raise _no_room(large, path, size) from None
         os.fsync(file.fileno())
+
+
+def is_blank(path: Path) -> bool:
+    """Whether a file is one that `make_array` made, or began, and nobody wrote to."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        start = file.read(_HEADER)
+        if not start.startswith(np.lib.format.MAGIC_PREFIX[: len(start)]):
+            return False
+        return all(block.count(0) == len(block) for block in iter(lambda: file.read(_ZEROS), b""))
 
 
 def _no_room(error: OSError, path: Path, size: int) -> OSError:
@@ -100,7 +114,8 @@ def open_array(
         if size != expected:
             raise ValueError(f"{root / name}: expected {expected} bytes, got {size}")
         place = Place(root / name, file.tell(), _identity(file.fileno()))
-        return np.memmap(file, dtype, "r", place.start, shape), place
+        content = map_file(root / name, file.fileno(), size)
+        return content[place.start :].view(dtype).reshape(shape), place
 
 
 def _header(path: Path, file: Any) -> tuple[Any, ...]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .aside import making, replace_file
+from .aside import Taken, making, replace_file
 from .column import Column, make_column
-from .files import locked, open_inside
+from .files import is_blank, locked, open_inside
 from .format import (
     INDEX,
     LARGEST_INDEX,
@@ -48,7 +48,10 @@ def create_folder(path: str | os.PathLike[str], index: Index, exist_ok: bool) ->
         try:
             with making(path) as aside:
                 make_folder(aside, index)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            if isinstance(error, Taken) and there.exists() and not exist_ok:
+                advice = "TeacherStore.open opens a store, and so does create with exist_ok=True"
+                raise Taken(f"{error.got}; {advice}") from None
             if not (exist_ok and there.exists()):  # or else another process was faster
                 raise
     if differences := compare(index, load_index(Path(path))):
@@ -75,9 +78,15 @@ def extend_folder(root: Path, view: Index, new: tuple[Teacher, ...]) -> None:
         check_same(root, view, old)
         index = Index(old.rows, (*old.teachers, *new), old.ids)
         folders = {teacher: root / teacher.name for teacher in new}
+        for teacher, folder in folders.items():
+            if os.path.lexists(folder) and not _is_left(folder, teacher):
+                raise ValueError(
+                    f"path: expected no {folder} before {teacher.name} is added,"
+                    " got one that no add has begun; move it away"
+                )
         try:
             for teacher, folder in folders.items():
-                # A folder that the index does not name was left by a process that was killed.
+                # Left by a process that was killed.
                 shutil.rmtree(folder, ignore_errors=True)
                 make_column(folder, teacher, index.rows)
             replace_file(root / INDEX, index.dump())
@@ -86,6 +95,14 @@ def extend_folder(root: Path, view: Index, new: tuple[Teacher, ...]) -> None:
                 for folder in folders.values():
                     shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def _is_left(folder: Path, teacher: Teacher) -> bool:
+    """Whether a folder is what a killed `add` leaves: some of a teacher's files, without rows."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    known = {*teacher.files(1), "scales.npy"}  # of another dtype it may have been
+    return all(entry.name in known and is_blank(entry) for entry in folder.iterdir())
 
 
 def check_same(root: Path, view: Index, index: Index) -> tuple[Teacher, ...]:

@@ -100,7 +100,12 @@ class Index:
         if content["format"] != FORMAT or version != VERSION or type(version) is not int:
             got = f"{content['format']!r:.40} version {version!r:.40}"
             raise ValueError(f"format: expected {FORMAT} version {VERSION}, got {got}")
-        claimed, actual = content.pop("checksum"), _checksum(content)
+        try:
+            claimed, actual = content.pop("checksum"), _checksum(content)
+        except RecursionError as error:  # writing takes more depth than reading
+            raise ValueError(
+                f"expected an index, got one that is nested too deep: {error}"
+            ) from None
         if claimed != actual:
             raise ValueError(f"checksum: expected {actual} for what it says, got {claimed!r:.80}")
         if not isinstance(content["teachers"], list):

@@ -15,6 +15,7 @@ from .format import Teacher, join_some
 
 CHUNK = 256  # rows that are converted at once: they stay in a cache
 LOADED = 4096  # rows that go to a device at once
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 def as_rows(rows: Any, length: int) -> Tensor:
@@ -29,18 +30,31 @@ def as_rows(rows: Any, length: int) -> Tensor:
         raise TypeError(f"rows: expected a tensor, array, list or slice of integers, got {kind}")
     if isinstance(rows, (list, tuple, range)):
         rows = np.asarray(rows if len(rows) else np.zeros(0, np.int64))
-    if isinstance(rows, np.ndarray) and rows.dtype.kind in "iu":
-        rows = torch.from_numpy(rows.astype(np.int64, copy=True))
-    if not isinstance(rows, Tensor) or rows.dtype.is_floating_point or rows.dtype == torch.bool:
+    if isinstance(rows, Tensor) and rows.device.type == "cpu" and rows.dtype in _UNSIGNED:
+        rows = rows.numpy()  # torch has no least and largest of these
+    if not _whole(rows):
         raise TypeError(f"rows: expected integers, got {rows.dtype}")
-    if rows.dim() != 1:
+    if rows.ndim != 1:
         raise ValueError(f"rows: expected shape (n,), got shape {tuple(rows.shape)}")
-    if rows.device.type == "cpu" and len(rows):
+    if (isinstance(rows, np.ndarray) or rows.device.type == "cpu") and len(rows):
         least, most = int(rows.min()), int(rows.max())
         if least < 0 or most >= length:
             expected = f"numbers from 0 to {length - 1}"
             raise ValueError(f"rows: expected {expected}, got some from {least} to {most}")
-    return rows.long()
+    if isinstance(rows, np.ndarray):
+        return torch.from_numpy(rows.astype(np.int64, copy=True))
+    numbers: Tensor = rows.long()
+    return numbers
+
+
+def _whole(rows: Any) -> bool:
+    """Whether a tensor or an array holds integers, Python's too, which may be of any size."""
+    if isinstance(rows, Tensor):
+        kind = rows.dtype
+        return not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+    if rows.dtype == object:
+        return all(isinstance(row, int) for row in rows.flat)
+    return rows.dtype.kind in "iu"
 
 
 def common_dtype(teachers: Sequence[Teacher]) -> torch.dtype:
@@ -66,17 +80,39 @@ def empty(
 def check_out(
     out: tuple[Tensor, Tensor], rows: int, teachers: Sequence[Teacher], dtype: torch.dtype
 ) -> None:
-    """Raise ValueError unless targets and mask can be filled."""
+    """Raise unless targets and mask can be filled."""
 
     def say(shapes: Any) -> str:
         return "targets {} in {} and mask {} in {}".format(*shapes)
 
+    pair = isinstance(out, (tuple, list)) and len(out) == 2
+    if not pair or not all(isinstance(each, Tensor) for each in out):
+        raise TypeError("out: expected two tensors, targets and mask, got something else")
     targets, mask = out
     width = sum(teacher.dim for teacher in teachers)
     wanted = ((rows, width), dtype, (rows, len(teachers)), torch.bool)
     got = (tuple(targets.shape), targets.dtype, tuple(mask.shape), mask.dtype)
     if got != wanted:
         raise ValueError(f"out: expected {say(wanted)}, got {say(got)}")
+    for name, tensor in (("targets", targets), ("mask", mask)):
+        if tensor.device.type != "cpu" or tensor.requires_grad:
+            got_ = f"{tensor.device}{' with requires_grad' if tensor.requires_grad else ''}"
+            raise ValueError(f"out: expected {name} on the CPU without gradients, got it on {got_}")
+        if _overlaps(tensor):
+            raise ValueError(
+                f"out: expected {name} whose numbers each have their own memory,"
+                f" got strides {tensor.stride()}"
+            )
+
+
+def _overlaps(matrix: Tensor) -> bool:
+    """Whether two numbers of a matrix may share memory, as those of an expanded one do."""
+    reach = 1
+    for stride, size in sorted(zip(matrix.stride(), matrix.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return True
+        reach = max(reach, stride * size)
+    return False
 
 
 def gather(columns: Sequence[Column], rows: Tensor, targets: Tensor, mask: Tensor) -> None:

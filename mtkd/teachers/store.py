@@ -97,8 +97,9 @@ class TeacherStore(View):
         Raises:
             ValueError: stores that do not fit, a teacher's row that is in two of them, a row that
                 is not what was written. Then nothing is left behind.
+            TypeError: paths, or anything but stores; one store that is not in a list.
         """
-        views = list(stores)
+        views = _list_stores(stores)
         index = merge_indices([view._narrowed() for view in views])
         join_folder(path, index, [(view._columns, view._rows(slice(None))) for view in views])
         return cls(path)
@@ -123,7 +124,15 @@ class TeacherStore(View):
 
         Raises:
             ValueError: no teacher, one that the store does not have, or one twice.
+            TypeError: one name that is not in a list.
+
+        Note:
+            A view counts its own rows from 0: row i of ``subset(rows=rows)`` is ``rows[i]`` here.
         """
+        if isinstance(teachers, str) or not isinstance(teachers, Iterable | None):
+            raise TypeError(
+                f"teachers: expected several names, such as ['a'], got {teachers!r:.80}"
+            )
         names = self.names if teachers is None else teachers
         view = self._shown(self._column(name).teacher for name in names)
         return TeacherStore(self.path, view, self._chosen if rows is None else self._rows(rows))
@@ -172,3 +181,18 @@ class TeacherStore(View):
     def discard(self, teacher: str, rows: Any) -> None:
         """Make some rows of a teacher absent, so that they can be written again."""
         self._column(teacher).discard(self._rows(rows).numpy())
+
+
+def _list_stores(stores: Any) -> list[TeacherStore]:
+    """The stores of an argument `stores`, which holds nothing else."""
+    if isinstance(stores, TeacherStore) or not isinstance(stores, Iterable):
+        raise TypeError(f"stores: expected several stores, got one {type(stores).__name__}")
+    listed = list(stores)
+    for number, each in enumerate(listed):
+        if not isinstance(each, TeacherStore):
+            kind = type(each).__name__
+            raise TypeError(
+                f"stores[{number}]: expected a TeacherStore, got {kind};"
+                " TeacherStore.open makes one of a path"
+            )
+    return listed

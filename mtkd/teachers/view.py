@@ -90,8 +90,9 @@ class View:
             its targets are 0.
 
         Raises:
-            ValueError: row numbers that the store does not have, `out` of another shape.
-            TypeError: rows that are not integers.
+            ValueError: row numbers that the store does not have; `out` of another shape, elsewhere
+                than on the CPU, with gradients, or with numbers that share memory.
+            TypeError: rows that are not integers, `out` that is not two tensors.
 
         Note:
             Each teacher's rows are copied once, from the map to their columns, by all threads.
