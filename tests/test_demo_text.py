@@ -1,7 +1,11 @@
 """The demonstration on text: corpus, teachers, students, and all of it at tiny settings."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +34,14 @@ from mtkd.demo.text.student import (
     make_trainer,
     train_or_resume,
 )
-from mtkd.demo.text.teachers import DIMS, FITTED, load_tokenizer, minilm_folder, transformer
+from mtkd.demo.text.teachers import (
+    DIMS,
+    FITTED,
+    load_tokenizer,
+    minilm_folder,
+    revisions,
+    transformer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +125,48 @@ def test_fitted_teachers(name, passages):
     np.testing.assert_allclose(first, embeddings(), rtol=1e-4, atol=1e-5)
 
 
+def test_fitted_teachers_are_the_same_in_every_process():
+    code = """
+import hashlib, torch
+from mtkd.demo.text.corpus import Passage
+from mtkd.demo.text.teachers import name_network
+words = ["shape", "array", "graph", "node", "edge", "matrix", "figure", "axis", "mean", "norm"]
+names = [f"{words[n % 10]}_{words[n // 10]}" for n in range(100)]
+passages = [Passage(f"The {name.replace('_', ' of the ')}.", "s", "m", name) for name in names]
+torch.manual_seed(0)
+torch.set_num_threads(1)
+teacher = name_network(passages, 0)
+with torch.no_grad():
+    found = teacher.model(teacher.collate([passage.text for passage in passages]))
+print(hashlib.sha256(found.numpy().tobytes()).hexdigest())
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("1", "2")
+    ]
+    told = {process.communicate()[0] for process in processes}
+    assert len(told) == 1
+    assert len(told.pop()) == 65
+
+
+def test_revisions_are_what_decides_the_embeddings(standin, passages, tmp_path):
+    first = revisions("random-bert", standin, passages)
+    assert first == revisions("random-bert", standin, passages)
+    assert first.keys() == {"random-bert", *DIMS}
+    other = revisions("random-bert", standin, passages[1:])
+    assert {name for name in first if first[name] != other[name]} == set(DIMS)
+    folder = shutil.copytree(standin, tmp_path / "random-bert")
+    with open(folder / "config.json", "a") as file:
+        file.write(" ")
+    other = revisions("random-bert", folder, passages)
+    assert {name for name in first if first[name] != other[name]} == {"random-bert"}
+
+
 def test_transformer_is_the_mean_of_its_tokens_at_length_one(standin):
     teacher = transformer(standin)
     texts = ["return the shape of an array", "a graph"]
@@ -189,6 +242,25 @@ def test_quick_run_writes_everything_and_goes_on_where_it_was(
     assert again["scores"] == results["scores"]
     assert "stopped" not in capsys.readouterr().out
 
-    # other settings in the same folder would mix two runs
+    # another version of what makes the teachers would mix two runs
+    with monkeypatch.context() as patch:
+        patch.setattr("mtkd.demo.text.teachers.version", lambda library: "0")
+        with pytest.raises(ValueError, match=r"--out: expected .*: revision of random"):
+            main(arguments)
+
+    # and other settings
     with pytest.raises(ValueError, match="--out: expected a new folder or one made with"):
         main([arg for arg in arguments if arg != "--quick"])
+
+
+def test_stopped_by_the_keyboard_it_says_in_a_line_how_to_go_on(
+    tmp_path, capsys, standin, monkeypatch
+):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mtkd.demo.text.__main__.embed", stop)
+    with pytest.raises(SystemExit) as stopped:
+        main(["text", "--quick", "--out", str(tmp_path), "--encoder", str(standin)])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.strip() == "stopped; the same command goes on from here"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..report import TITLES, table, verdict
 from ..students import LOSSES
 from .corpus import Passage, graded_pairs, read_corpus
 from .student import Settings, encode, make_student, make_trainer, train_or_resume
-from .teachers import DIMS, FITTED, load_tokenizer, minilm_folder, transformer
+from .teachers import DIMS, FITTED, load_tokenizer, minilm_folder, revisions, transformer
 
 PROBES = {
     "linear": "subjects by least squares, accuracy",
@@ -44,10 +45,14 @@ def main(arguments: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     start = time.perf_counter()
-    demonstration = Demonstration(options.out, options.encoder, settings)
-    demonstration.embed_teachers()
-    demonstration.distil()
-    demonstration.export()
+    try:
+        demonstration = Demonstration(options.out, options.encoder, settings)
+        demonstration.embed_teachers()
+        demonstration.distil()
+        demonstration.export()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
     print(demonstration.report(time.perf_counter() - start))
 
 
@@ -77,28 +82,40 @@ class Demonstration:
         self.passages: list[Passage] = read_corpus(settings.passages, settings.subjects)
         self.texts = [passage.text for passage in self.passages]
         self.held_out = np.array([passage.held_out for passage in self.passages])
-        self.store = TeacherStore.create(
-            out / "teachers",
-            {self.encoder: self._width(), **DIMS},
-            rows=len(self.texts),
-            ids=self.texts,
-            exist_ok=True,
-        )
+        self.known = [passage for passage in self.passages if not passage.held_out]
+        self.revisions = revisions(self.encoder, self.folder, self.known)
+        self.store = self._open_store(out / "teachers")
         self.scores: dict[str, dict[str, list[float]]] = {}
         self.trainer: DistillationTrainer | None = None
+
+    def _open_store(self, path: Path) -> TeacherStore:
+        """Make the store, or open it if the same teachers have begun to fill it."""
+        try:
+            return TeacherStore.create(
+                path,
+                {self.encoder: self._width(), **DIMS},
+                rows=len(self.texts),
+                revision=self.revisions,
+                ids=self.texts,
+                exist_ok=True,
+            )
+        except ValueError as error:
+            expected = "a new folder or one of the same texts, teachers and libraries"
+            raise ValueError(f"--out: expected {expected}: {error}") from None
 
     def embed_teachers(self) -> None:
         """Fit the teachers on the training passages; store what they say of every passage."""
         subjects = len({passage.subject for passage in self.passages})
         held = int(self.held_out.sum())
         print(f"{len(self.texts)} passages about {subjects} subjects, {held} of them held out")
-        known = [p for p in self.passages if not p.held_out]
         order = np.argsort([len(text) for text in self.texts], kind="stable")
         for name in self.store.names:
             if bool(self.store.present(name).all()):
                 continue  # filled by an earlier run
             torch.manual_seed(0)
-            teacher = transformer(self.folder) if name == self.encoder else FITTED[name](known, 0)
+            teacher = (
+                transformer(self.folder) if name == self.encoder else FITTED[name](self.known, 0)
+            )
             # texts of like length together: less padding
             embed(
                 teacher.model,
@@ -107,6 +124,7 @@ class Demonstration:
                 name,
                 rows=order,
                 collate_fn=teacher.collate,
+                revision=self.revisions[name],
             )
         packed, _ = self.store[:]
         parts = split(packed, tuple(self.store.dims.values()))

@@ -6,10 +6,12 @@ a batch to embeddings; `collate` makes the batch of a list of texts.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
 from ...trainer import Encoder
+from .. import networks
 from ..networks import train
 from .corpus import Passage
 
+LIBRARIES = ("numpy", "scipy", "scikit-learn", "torch", "transformers")
 LENGTH = 48  # tokens that transformers read of a passage
 
 
@@ -103,7 +107,8 @@ def name_network(passages: list[Passage], seed: int) -> Teacher:
     """A small network that guesses the words of a function's name from its documentation (128)."""
     counts = CountVectorizer(binary=True, min_df=2).fit(_texts(passages))
     names = [set(re.findall(r"[a-z]{2,}", _spaced(passage.name))) for passage in passages]
-    common = [word for word, n in Counter(w for each in names for w in each).items() if n >= 5]
+    # sorted: sets have another order in every process
+    common = sorted(w for w, n in Counter(w for each in names for w in each).items() if n >= 5)
     answers = torch.tensor([[float(word in each) for word in common] for each in names])
     body = nn.Sequential(nn.Linear(len(counts.vocabulary_), 128), nn.ReLU())
     model = nn.Sequential(body, nn.Linear(128, len(common)))
@@ -131,6 +136,26 @@ FITTED: dict[str, Callable[[list[Passage], int], Teacher]] = {
     "names": name_network,
 }
 DIMS = {"LSA": 128, "letters": 256, "vectors": 96, "topics": 32, "names": 128}
+
+
+def revisions(encoder: str, folder: Path, passages: list[Passage]) -> dict[str, str]:
+    """What decides each teacher's embeddings, so that a run that goes on does not mix two.
+
+    That is the hash of the encoder's files; of the others, that of the passages that they are
+    fitted on and of the code, with the versions of the libraries.
+    """
+    weights = [file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()]
+    code = [Path(file).read_bytes() for file in (__file__, networks.__file__)]
+    libraries = " ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    fitted = f"{_hash(code)} on {_hash([repr(passages).encode()])}, {libraries}"
+    return {encoder: f"{_hash(weights)}, {libraries}", **dict.fromkeys(FITTED, fitted)}
+
+
+def _hash(parts: list[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:16]
 
 
 def _texts(passages: list[Passage]) -> list[str]:
