@@ -144,7 +144,7 @@ def test_of_two_that_make_the_same_store_one_is_told(tmp_path, monkeypatch):
 
 
 def test_create_on_a_store_says_how_it_is_opened(store):
-    with pytest.raises(ValueError, match=r"got .*; TeacherStore\.open .* exist_ok=True"):
+    with pytest.raises(ValueError, match=r"path: .* got .*; TeacherStore\.open .* exist_ok=True"):
         TeacherStore.create(store.path, {"a": 4, "b": 2}, 10)
 
 

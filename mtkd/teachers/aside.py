@@ -16,14 +16,6 @@ _BEGUN, _WHOLE = ".making.", ".moving."
 _HEX = "[0-9a-f]" * 32
 
 
-class Taken(ValueError):
-    """There is something in the folder that was to be made."""
-
-    def __init__(self, got: str) -> None:
-        super().__init__(f"path: expected a new or an empty folder, got {got}")
-        self.got = got
-
-
 def replace_file(path: Path, data: bytes) -> None:
     """Replace a file in one step: it holds the old content or the new, whatever happens."""
     with replacing(path) as aside, open(aside, "xb") as file:
@@ -45,10 +37,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def making(path: str | os.PathLike[str]) -> Iterator[Path]:
+def making(path: str | os.PathLike[str], advice: str = "") -> Iterator[Path]:
     """Make a folder aside, then give it its name: it is there whole or not at all.
 
-    A folder that is there and empty stays what it is, a mount for example, and is filled.
+    A folder that is there and empty stays what it is, a mount for example, and is filled. Where
+    something is in it, the error ends with an advice.
     """
     root = Path(path).resolve()
     if not root.exists():
@@ -59,15 +52,15 @@ def making(path: str | os.PathLike[str]) -> Iterator[Path]:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
-                raise Taken(f"{root}, which was made in the meantime") from None
+                raise _taken(f"{root}, which was made in the meantime", advice) from None
         flush(root.parent)
         return
     if not root.is_dir():
-        raise Taken(f"the file {root}")
+        raise _taken(f"the file {root}", advice)
     with locked(root):
         _clear(root)
         if there := next(root.iterdir(), None):
-            raise Taken(f"{root} with {there.name}")
+            raise _taken(f"{root} with {there.name}", advice)
         with _aside(root / f"{_BEGUN}{uuid.uuid4().hex}") as aside:
             yield aside
             whole = aside.with_name(aside.name.replace(_BEGUN, _WHOLE))
@@ -78,6 +71,10 @@ def making(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.replace(whole, aside)
                 raise
         flush(root)
+
+
+def _taken(got: str, advice: str) -> ValueError:
+    return ValueError(f"path: expected a new or an empty folder, got {got}{advice}")
 
 
 def _clear(root: Path) -> None:

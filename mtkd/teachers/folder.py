@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .aside import Taken, making, replace_file
+from .aside import making, replace_file
 from .column import Column, make_column
 from .files import is_blank, locked, open_inside
 from .format import (
@@ -45,13 +45,11 @@ def create_folder(path: str | os.PathLike[str], index: Index, exist_ok: bool) ->
     """Make a store without rows; one that is there has to be the same, and may be so."""
     there = Path(path) / INDEX
     if not (exist_ok and there.exists()):
+        advice = "; TeacherStore.open opens a store that is there, and so does exist_ok=True"
         try:
-            with making(path) as aside:
+            with making(path, "" if exist_ok else advice) as aside:
                 make_folder(aside, index)
-        except (OSError, ValueError) as error:
-            if isinstance(error, Taken) and there.exists() and not exist_ok:
-                advice = "TeacherStore.open opens a store, and so does create with exist_ok=True"
-                raise Taken(f"{error.got}; {advice}") from None
+        except (OSError, ValueError):
             if not (exist_ok and there.exists()):  # or else another process was faster
                 raise
     if differences := compare(index, load_index(Path(path))):
