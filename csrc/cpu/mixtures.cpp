@@ -11,31 +11,27 @@
 namespace mtkd::cpu {
 namespace {
 
+// Turns the student's excess into log(q / p), and sums the loss.
 template <class A>
-struct Divergence {
-  A loss = 0, mean = 0;  // the latter of the mixture's logarithms, over itself
-};
-
-// Turns the student's excess into log(q / p).
-template <class A>
-MTKD_INLINE Divergence<A> ratios_loop(const A* q, const A* p, A log_sum, int64_t n, A* excess) {
-  A loss = 0, mean = 0;
-#pragma omp simd reduction(+ : loss, mean)
+MTKD_INLINE A ratios_loop(const A* q, const A* p, A log_sum, int64_t n, A* excess) {
+  A loss = 0;
+#pragma omp simd reduction(+ : loss)
   for (int64_t i = 0; i < n; ++i) {
     const A log_p = excess[i] - log_sum;
     const A ratio = mixtures::log_ratio(q[i], p[i], log_p);
     loss += mixtures::term(q[i], p[i], log_p, ratio);
-    mean += q[i] * ratio;
     excess[i] = ratio;
   }
-  return {loss, mean};
+  return loss;
 }
 
+// The mean of log(q / p) over a teacher's distribution, less that over the mixture. Of differences:
+// those of two such sums would be lost where the teacher is most of the mixture.
 template <class A>
-MTKD_INLINE A dot_loop(const A* x, const A* y, int64_t n) {
+MTKD_INLINE A departure_loop(const Exponentials<A> teacher, const A* q, const A* ratio, int64_t n) {
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
+  for (int64_t i = 0; i < n; ++i) sum += (teacher.factor * teacher.numbers[i] - q[i]) * ratio[i];
   return sum;
 }
 
@@ -45,13 +41,15 @@ MTKD_INLINE void gradient_loop(A factor, const A* q, const A* p, int64_t n, A* g
   for (int64_t i = 0; i < n; ++i) grad[i] = factor * (p[i] - q[i]);
 }
 
-#define MTKD_MIXTURES_LOOPS(A)                                                                \
-  MTKD_CLONES Divergence<A> ratios(const A* q, const A* p, A log_sum, int64_t n, A* excess) { \
-    return ratios_loop(q, p, log_sum, n, excess);                                             \
-  }                                                                                           \
-  MTKD_CLONES A dot(const A* x, const A* y, int64_t n) { return dot_loop(x, y, n); }          \
-  MTKD_CLONES void find_gradient(A factor, const A* q, const A* p, int64_t n, A* grad) {      \
-    gradient_loop(factor, q, p, n, grad);                                                     \
+#define MTKD_MIXTURES_LOOPS(A)                                                              \
+  MTKD_CLONES A ratios(const A* q, const A* p, A log_sum, int64_t n, A* excess) {           \
+    return ratios_loop(q, p, log_sum, n, excess);                                           \
+  }                                                                                         \
+  MTKD_CLONES A departure(Exponentials<A> teacher, const A* q, const A* ratio, int64_t n) { \
+    return departure_loop(teacher, q, ratio, n);                                            \
+  }                                                                                         \
+  MTKD_CLONES void find_gradient(A factor, const A* q, const A* p, int64_t n, A* grad) {    \
+    gradient_loop(factor, q, p, n, grad);                                                   \
   }
 MTKD_MIXTURES_LOOPS(float)
 MTKD_MIXTURES_LOOPS(double)
@@ -118,16 +116,14 @@ struct Row {
     if (!counts(in.mask, n, 0)) return zero();
     student();
     mixture();
-    Divergence<A> found;
-    for (int64_t j = 0; j < in.classes; j += kBlock) {
-      const auto part = ratios(q + j, p + j, log_sum, std::min(kBlock, in.classes - j), excess + j);
-      found.loss += part.loss, found.mean += part.mean;
-    }
-    in.loss.put(n, 0, 0, in.scale * found.loss);
+    A loss = 0;
+    for (int64_t j = 0; j < in.classes; j += kBlock)
+      loss += ratios(q + j, p + j, log_sum, std::min(kBlock, in.classes - j), excess + j);
+    in.loss.put(n, 0, 0, in.scale * loss);
     if (!in.coefficient) return;
     const A grad = in.scale * in.coefficient.template get<A>(n, 0, 0);
     if (in.student_grad) to_student(grad * in.inverse_temperature);
-    if (in.weight_grad) to_weight(grad / total, found.mean);
+    if (in.weight_grad) to_weight(grad / total);
   }
 
   void zero() {
@@ -176,20 +172,20 @@ struct Row {
     in.student_grad.store(n, 0, 0, in.classes, grad);
   }
 
-  void to_weight(A factor, A mean) {
+  void to_weight(A factor) {
     for (int64_t t = 0; t < in.mixed; ++t)
-      in.weight_grad.put(n, 0, t, counted(t) ? factor * (expected(t) - mean) : A(0));
+      in.weight_grad.put(n, 0, t, counted(t) ? factor * departure_of(t) : A(0));
   }
 
-  // The mean of log(q / p) over a teacher's distribution.
-  A expected(int64_t t) {
+  A departure_of(int64_t t) {
     const auto [most, sum] = softmaxes[t];
     A* numbers = room(t, nullptr);
     if (!in.keep) exponentiate(in.teachers.load(n, t, read), most, numbers, {nullptr, 0});
-    A products = 0;
+    A all = 0;
     for (int64_t j = 0; j < in.classes; j += kBlock)
-      products += dot(numbers + j, excess + j, std::min(kBlock, in.classes - j));
-    return products / sum;
+      all +=
+          departure({numbers + j, A(1) / sum}, q + j, excess + j, std::min(kBlock, in.classes - j));
+    return all;
   }
 };
 
