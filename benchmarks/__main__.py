@@ -177,6 +177,9 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available() and not options.dry_run:
         print(f"--device cuda: PyTorch {torch.__version__} sees no GPU here", file=sys.stderr)
         return 2
+    if options.only and not chosen(options):
+        print(f"--only: expected part of a name in --list, got {options.only!r}", file=sys.stderr)
+        return 2
     if options.docs:
         docs.write()
     elif options.plots:

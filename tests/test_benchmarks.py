@@ -110,6 +110,12 @@ def test_names_of_cases_differ(device):
     assert len(set(names)) == len(names)
 
 
+def test_a_name_without_a_case_is_told(monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, "--only", "nosuch", "--out", str(tmp_path)) == 2
+    assert "--only: expected part of a name in --list, got 'nosuch'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_check_compares_every_kind_of_case(monkeypatch, capsys):
     assert run(monkeypatch, "--check", "--device", "cpu", "--only", "32 x") == 0
     assert "a sequence: error" in capsys.readouterr().out

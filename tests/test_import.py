@@ -21,6 +21,11 @@ def test_import_brings_no_surprises():
     assert loaded == "[]"
 
 
+def test_rooms_are_there_when_they_are_named():
+    code = "import mtkd; print(mtkd.functional.mse.__name__, hasattr(mtkd, 'nosuch'))"
+    assert _run(code) == "mse False"
+
+
 def test_works_without_the_extension():
     code = (
         "import torch, mtkd.ops, mtkd.functional as F; assert mtkd.ops.extension is None;"

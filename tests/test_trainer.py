@@ -411,3 +411,22 @@ def test_stand_ins_have_the_store_s_interface():
     assert torch.equal(StoreTargets(Reader())({"row": rows})[0], Store()[rows][0] + 1)
     matrix = Objective(loss)(torch.zeros(4, 8), *distilling.Store()[torch.arange(4)])
     assert matrix.shape == (4, 2)
+
+
+def test_a_hugging_face_dataset_is_read_as_it_is(tmp_path):
+    """Its columns that no one reads are left out, row numbers become integers, order is kept."""
+    datasets = pytest.importorskip("datasets")
+    runs = []
+    plain = texts()
+    lists = {
+        key: [torch.as_tensor(s[key]).tolist() for s in plain] for key in plain[0] if key != "text"
+    }
+    table = datasets.Dataset.from_dict(lists | {"text": [s["text"] for s in plain]})
+    for data in (plain, table):
+        trainer = DistillationTrainer(
+            Encoder(bert(), "mean"), gaussian(), Store(), arguments(tmp_path, max_steps=3),
+            train_dataset=data, eval_dataset=data,
+        )  # fmt: skip
+        trainer.train()
+        runs.append((weights(trainer), trainer.evaluate()["eval_loss"]))
+    torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=0)

@@ -412,11 +412,12 @@ def _linear_arguments(group: Group, leading: torch.Size) -> tuple[Any, ...]:
     check_target(f"target{suffix}", target, input.device)
     features = input.shape[-1]
     check_shape(f"input{suffix}", input, (*leading, features))
-    if weight.dim() != 2:
-        shape = tuple(weight.shape)
-        raise ValueError(f"linear_weight{suffix}: expected shape (D, H), got shape {shape}")
+    if weight.dim() != 2 or weight.shape[1] != features:
+        raise ValueError(
+            f"linear_weight{suffix}: expected shape (D, H), H = {features} as in input,"
+            f" got shape {tuple(weight.shape)}"
+        )
     width = weight.shape[0]
-    check_shape(f"linear_weight{suffix}", weight, (width, features))
     check_shape(f"target{suffix}", target, (*leading, width))
     dims = check_dims(group.dims, width, f"linear_weight{suffix}")
     if bias is not None:

@@ -128,10 +128,13 @@ def check_teacher_logits(teacher: Any, student: Tensor, least: int = 1) -> tuple
         return list(teacher), len(teacher)
     check_target("teacher", teacher, student.device)
     count = teacher.shape[-2] if teacher.dim() > 1 else 0
-    if not count:
-        shape = tuple(teacher.shape)
-        raise ValueError(f"teacher: expected shape (*, T, C), T at least 1, got shape {shape}")
-    check_shape("teacher", teacher, (*student.shape[:-1], count, student.shape[-1]))
+    *leading, classes = student.shape
+    if not count or teacher.shape != (*leading, count, classes):
+        expected = ", ".join(map(str, (*leading, "T", classes)))
+        raise ValueError(
+            f"teacher: expected shape (*, T, C), ({expected}) beside the student's"
+            f" {tuple(student.shape)}, T at least 1, got shape {tuple(teacher.shape)}"
+        )
     return [teacher], count
 
 

@@ -314,11 +314,12 @@ def _linear_arguments(group: Group, leading: Any, layers: Any) -> tuple[Any, ...
     check_tensor(f"linear_weight{suffix}", weight, input.device)
     features, rows = input.shape[-1], leading.numel()
     check_shape(f"input{suffix}", input, (*leading, features))
-    if weight.dim() != 2:
-        shape = tuple(weight.shape)
-        raise ValueError(f"linear_weight{suffix}: expected shape (C, H), got shape {shape}")
+    if weight.dim() != 2 or weight.shape[1] != features:
+        raise ValueError(
+            f"linear_weight{suffix}: expected shape (C, H), H = {features} as in input,"
+            f" got shape {tuple(weight.shape)}"
+        )
     width = weight.shape[0]
-    check_shape(f"linear_weight{suffix}", weight, (width, features))
     if bias is not None:
         check_tensor(f"linear_bias{suffix}", bias, input.device)
         check_shape(f"linear_bias{suffix}", bias, (width,))

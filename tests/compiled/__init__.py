@@ -1,0 +1,1 @@
+"""What the Triton kernels are compiled for, a file a family; `compile_cases.py` is their table."""
