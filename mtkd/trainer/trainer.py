@@ -48,8 +48,8 @@ class DistillationTrainer(CheckpointTrainer):
             losses are added.
         targets: a teacher store, `TeacherModels`, or any callable of a batch; see `Targets`.
         args: transformers.TrainingArguments. `learning_rate` is the student's.
-        norm: standardises the targets: `mtkd.nn.TeacherNorm` or `PhiS`. It learns from a step's
-            targets as a whole, in training alone.
+        norm: standardises the targets: `mtkd.nn.TeacherNorm`, which learns from a step's targets as
+            a whole, in training alone; or `PhiS`, estimated beforehand.
         heads_learning_rate: the learning rate of the objectives' parameters; None: the student's.
         heads_once: whether heads run once a step, on the embeddings of all its micro-batches.
         recompute_student: whether backward makes the student's activations anew, a micro-batch at
