@@ -135,6 +135,25 @@ def test_a_step_that_is_trained_again_is_never_without_a_checkpoint(tmp_path, mo
     assert (tmp_path / "checkpoint-2" / "model.safetensors").read_bytes() == before
 
 
+def test_a_step_broken_off_does_not_outlive_it(whole, tmp_path, monkeypatch):
+    """The same trainer goes on from its checkpoint, with the statistics that are there."""
+    trainer = distilling.resumable(tmp_path)
+    reduce = trainer.objectives["loss"].reduce
+
+    def stop(*arguments):
+        if trainer.state.global_step == 8:
+            raise KeyboardInterrupt
+        return reduce(*arguments)
+
+    monkeypatch.setattr(trainer.objectives["loss"], "reduce", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    monkeypatch.undo()
+    trainer.train(resume_from_checkpoint=True)
+    ended = trainer.distillation.state_dict()
+    assert [name for name, tensor in whole.items() if not torch.equal(tensor, ended[name])] == []
+
+
 def test_damaged_weights_are_named(tmp_path):
     trainer = distilling.resumable(tmp_path)
     trainer.save_model(str(tmp_path / "saved"))

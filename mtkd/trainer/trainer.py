@@ -132,6 +132,11 @@ class DistillationTrainer(CheckpointTrainer):
         if not (self.student.keys and hasattr(self.targets, "keys")):  # they may read any column
             self.args.remove_unused_columns = False
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does; a step that an error broke off before is forgotten."""
+        self.guard.open = False
+        return super().train(*args, **kwargs)
+
     # What a step needs, made once for all its micro-batches.
 
     def get_batch_samples(
