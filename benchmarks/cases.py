@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 ROWS, FUSED, ALIGNED = "gaussian_nll", "linear_gaussian_nll", "alignment"
-VOTES, KL, FUSED_KL = "majority_vote", "kl_div", "linear_kl_div"
-LOSSES = (ROWS, FUSED, ALIGNED, VOTES, KL, FUSED_KL)
+VOTES, MIXED, KL, FUSED_KL = "majority_vote", "mixture_kl", "kl_div", "linear_kl_div"
+LOSSES = (ROWS, FUSED, ALIGNED, VOTES, MIXED, KL, FUSED_KL)
 # quantities of which little is asked; every other one should be large
 AT_MOST = {"milliseconds": "ms", "extra memory": "MiB", "host time": "us"}
 ERROR_LIMIT = {32: 1e-5, 16: 2.0}  # relative error; for 16 bits, in units of the least possible
@@ -170,6 +170,10 @@ CPU = (
         _voted(256, t, 100, vote=vote, baselines=("eager", "loop"))
         for vote in ("each", "soft")
         for t in TEACHERS
+    ),
+    *(
+        Case(MIXED, *size, 1000, baselines=("eager", "compile"))
+        for size in ((64, 8), (64, 32), (2048, 8), (2048, 32))
     ),
     _kl(4096, 4, 1000, asked={"cold compile": 1.8, "warm compile": 1.8}),
     *(_kl(256, t, 100) for t in TEACHERS),

@@ -1,7 +1,7 @@
 """Which inputs and formulas belong to which loss."""
 
-from . import alignment, divergence, gaussian, votes
-from .cases import ALIGNED, FUSED, FUSED_KL, KL, ROWS, VOTES, Case
+from . import alignment, divergence, gaussian, mixtures, votes
+from .cases import ALIGNED, FUSED, FUSED_KL, KL, MIXED, ROWS, VOTES, Case
 from .problem import Draw, Problem
 
 PROBLEMS: dict[str, type[Problem]] = {
@@ -9,6 +9,7 @@ PROBLEMS: dict[str, type[Problem]] = {
     FUSED: gaussian.Fused,
     ALIGNED: alignment.Rows,
     VOTES: votes.Rows,
+    MIXED: mixtures.Rows,
     KL: divergence.Rows,
     FUSED_KL: divergence.Fused,
 }

@@ -47,11 +47,29 @@ struct RowArguments {
     check_device(t);
   }
 
+  // Teachers' logits: one (N, T, C), or T of (N, C). Returns T.
+  int64_t check_logits(const std::vector<Tensor>& teacher, int64_t classes) const {
+    STD_TORCH_CHECK(!teacher.empty(), loss, ": teachers expected");
+    const bool packed = teacher[0].dim() == 3;
+    STD_TORCH_CHECK(!packed || teacher.size() == 1, loss, ": one packed teacher expected");
+    const int64_t count = packed ? teacher[0].size(1) : static_cast<int64_t>(teacher.size());
+    for (const Tensor& each : teacher) {
+      STD_TORCH_CHECK(
+          packed ? has_shape(each, {rows, count, classes}) : has_shape(each, {rows, classes}), loss,
+          ": teacher is (N, T, C), or T tensors (N, C)");
+      check_numbers(each);
+    }
+    return count;
+  }
+
+  void check_bools(const Tensor& t, int64_t width, const char* name) const {
+    STD_TORCH_CHECK(has_shape(t, {rows, width}) && t.scalar_type() == ScalarType::Bool, loss, ": ",
+                    name, " is (N, T), of bools");
+    check_device(t);
+  }
+
   void check_mask() const {
-    if (!mask) return;
-    STD_TORCH_CHECK(has_shape(*mask, {rows, teachers}) && mask->scalar_type() == ScalarType::Bool,
-                    loss, ": mask is (N, T), of bools");
-    check_device(*mask);
+    if (mask) check_bools(*mask, teachers, "mask");
   }
 
   void check_gradient(const Tensor& matrix) const {

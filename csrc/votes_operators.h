@@ -23,10 +23,9 @@ struct Arguments : RowArguments {
         weight(std::move(weight)),
         temperature(temperature),
         hard(hard) {
-    STD_TORCH_CHECK(student.dim() == 2 && !this->teacher.empty(),
-                    "majority_vote: student is (N, C), and teachers expected");
+    STD_TORCH_CHECK(student.dim() == 2, "majority_vote: student is (N, C)");
     rows = student.size(0), classes = student.size(1);
-    check_teachers();
+    voters = check_logits(this->teacher, classes);
     check_numbers(student);
     if (this->weight) {
       STD_TORCH_CHECK(has_shape(*this->weight, {rows, voters}), "majority_vote: weight is (N, T)");
@@ -36,19 +35,6 @@ struct Arguments : RowArguments {
                     "majority_vote: dims has the number of classes of each column");
     STD_TORCH_CHECK(temperature > 0, "majority_vote: temperature is positive");
     check_mask();
-  }
-
-  bool packed() const { return teacher[0].dim() == 3; }
-
-  void check_teachers() {
-    voters = packed() ? teacher[0].size(1) : static_cast<int64_t>(teacher.size());
-    STD_TORCH_CHECK(!packed() || teacher.size() == 1, "majority_vote: one packed teacher expected");
-    for (const Tensor& each : teacher) {
-      STD_TORCH_CHECK(
-          packed() ? has_shape(each, {rows, voters, classes}) : has_shape(each, {rows, classes}),
-          "majority_vote: teacher is (N, T, C), or T tensors (N, C)");
-      check_numbers(each);
-    }
   }
 
   // What forward leaves for backward: of a hard vote its class, -1 where that is not one; of a

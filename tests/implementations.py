@@ -16,7 +16,8 @@ from cases import INTERPRETED
 from mtkd import ops
 from mtkd.dispatch import Loss, as_tuple
 
-FORMULAS_ONLY = {"mixture_kl", "dirichlet_mixture"}  # losses without kernels of their own
+FORMULAS_ONLY = {"dirichlet_mixture"}  # losses without kernels of their own
+CPU_ONLY = {"mixture_kl"}  # losses whose kernels are for the CPU alone
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,6 +34,8 @@ class Implementation:
     def serves(self, loss: Loss) -> bool:
         if loss.name in FORMULAS_ONLY:
             return self.name == "formula"
+        if loss.name in CPU_ONLY:
+            return self.name in ("formula", "compiled")
         return self.drivers or not loss.name.startswith("linear_")
 
     def __call__(self, loss: Loss, role: str) -> Callable[..., Any]:

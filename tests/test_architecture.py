@@ -15,7 +15,7 @@ ALLOWED = {
     "distributed": {"nn", "functional", "packing", "reduction"},
     "demo": {"nn", "functional", "packing", "evaluation", "teachers", "trainer"},
     "evaluation": {"packing"},
-    "trainer": {"nn", "reduction", "information", "_durable", "_signature"},
+    "trainer": {"nn", "distributed", "reduction", "information", "_durable", "_signature"},
     "teachers": {"packing", "_durable", "_signature"},
     "nn": {"functional", "packing", "reduction", "reference"},
     "functional": {"packing", "reduction", "linear", "ops", "reference"},

@@ -141,3 +141,14 @@ def test_dtensor_is_a_sentence_not_a_crash(tmp_path):
             row(mean=mean)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_widths_may_have_names():
+    """Those of a store, in its order."""
+    student, target = torch.randn(2, 5, 8).unbind()
+    named = {"cnn": 3, "pca": 5}
+    assert torch.equal(F.mse(student, target, named), F.mse(student, target, (3, 5)))
+    plain = F.kl_div(student, target, (3, 5), reduction="none")
+    assert torch.equal(F.kl_div(student, target, named, reduction="none"), plain)
+    compiled = torch.compile(F.mse, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(student, target, named), F.mse(student, target, (3, 5)))

@@ -8,6 +8,7 @@ import torch.nn.functional as TF
 from torch.distributions import Dirichlet
 
 import mtkd.functional as F
+from mtkd import ops
 from mtkd.reference import mixtures as formulas
 from mtkd.testing import assert_close, relative_error
 
@@ -233,6 +234,44 @@ def test_a_class_that_the_student_lacks_is_infinite_and_never_nan():
     alone = F.dirichlet_mixture(student, some, weight, mask=only, reduction="none")[0]
     share = weight[0, 2] / weight[0].sum()
     assert_close(got, alone - share.log(), DOUBLE)
+
+
+def probabilities_that_underflow(dtype):
+    """Arguments of the operator: logits far apart, weights of 0, classes that somebody lacks."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        300 * torch.randn(*shape, generator=generator, dtype=DOUBLE)
+        for shape in ((N, C), (N, T, C))
+    )
+    weight = torch.rand(N, T, generator=generator, dtype=DOUBLE)
+    weight[:, 1] = 0.0  # all their gradient is a class that the mixture gives nothing
+    counted = torch.ones(N, T, dtype=torch.bool)
+    student[0, 2], teacher[0, :, 2] = -INF, -INF
+    teacher[1, 0, 3] = -INF
+    student[2, 4], teacher[2, 3, 4] = -INF, 2000.0
+    counted[3, 2], teacher[3, 2], weight[3, 2] = False, NAN, NAN
+    teacher[4, 1, 5] = NAN  # of weight 0, but counted
+    mask = torch.ones(N, 1, dtype=torch.bool)
+    mask[5], student[5], teacher[5], weight[5] = False, NAN, INF, NAN
+    tensors = student.to(dtype), [teacher.to(dtype)], weight.to(dtype)
+    return mask, (C,), *tensors, counted, 0.7, 2.5
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32], ids=str)
+def test_what_serves_follows_the_formula_where_probabilities_end(dtype):
+    rtol = 1e-7 if dtype == DOUBLE else 2e-5  # an exponent of 87, rounded once on either side
+    args, c = probabilities_that_underflow(dtype), torch.ones(N, 1, dtype=dtype)
+    matrix = formulas.mixture_kl(*args)
+    gradients = formulas.mixture_kl_gradient(c, *args)
+    assert matrix[2].isposinf().all()
+    assert matrix[4].isnan().all()
+    got = ops.mixture_kl.value_and_grad(c, *args, [True, True])
+    again = ops.mixture_kl.backward(c, ops.mixture_kl.forward(*args)[1], *args, [True, True])
+    for want, have in zip((matrix, *gradients, *gradients), (*got, *again), strict=True):
+        torch.testing.assert_close(have, want, rtol=rtol, atol=rtol, equal_nan=True)
+    assert gradients[1][:3, 1].abs().min() > 10  # a probability's logarithm, not 0
+    assert not got[1][5].any()
+    assert not got[2][5].any()
 
 
 def test_a_small_divergence_keeps_its_digits():

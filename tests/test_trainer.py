@@ -430,3 +430,43 @@ def test_a_hugging_face_dataset_is_read_as_it_is(tmp_path):
         trainer.train()
         runs.append((weights(trainer), trainer.evaluate()["eval_loss"]))
     torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=0)
+
+
+def test_labels_reach_compute_metrics(tmp_path):
+    data = [sample | {"label": sample["row"] % 3} for sample in vectors(20)]
+    trainer = DistillationTrainer(
+        network(), gaussian(), Store(), arguments(tmp_path), eval_dataset=data,
+        compute_metrics=lambda output: {"sum": int(output.label_ids.sum())},
+    )  # fmt: skip
+    metrics = trainer.evaluate()
+    assert metrics["eval_sum"] == sum(row % 3 for row in range(20))
+    trainer.compute_metrics = None
+    assert metrics["eval_loss"] == trainer.evaluate(vectors(20))["eval_loss"]
+
+
+def test_information_is_told_of_each_teacher_that_was_seen(tmp_path):
+    store = Store()
+    store.mask[:, 0] = False
+    logs = trained(tmp_path, gaussian(), store, network(), vectors()).state.log_history[0]
+    assert [key for key in logs if "information" in key] == ["information/pca"]
+
+
+def test_a_student_in_16_bits_has_heads_in_32(tmp_path):
+    student = Encoder(network().model.to(torch.bfloat16), inputs=("x",))
+    data = [sample | {"x": sample["x"].to(torch.bfloat16)} for sample in vectors()]
+    trainer = trained(tmp_path, gaussian(), Store(), student, data)
+    assert trainer.objectives["loss"].loss.depth == 1
+    assert np.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_a_student_that_names_no_key_gets_all(tmp_path):
+    class Any(torch.nn.Module):
+        def forward(self, **batch):
+            return batch["x"]
+
+    trainer = DistillationTrainer(
+        Encoder(Any()), Projectors(8, DIMS), Store(), arguments(tmp_path, max_steps=1),
+        train_dataset=vectors(),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="for Any, got x, row; inputs="):
+        trainer.train()

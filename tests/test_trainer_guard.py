@@ -3,14 +3,16 @@
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
-from distilling import DIMS, WIDTH, Store, arguments, gaussian, network, vectors
+from distilling import DIMS, WIDTH, Store, arguments, gaussian, network, sgd, vectors
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from mtkd.nn import Projectors, TeacherNorm
-from mtkd.trainer import DistillationTrainer, Encoder, NonFiniteError, TeacherModels
+from mtkd.trainer import DistillationTrainer, Encoder, NonFiniteError, Objective, TeacherModels
 
 
 class Watch(TrainerCallback):
@@ -175,3 +177,56 @@ def test_a_batch_without_row_numbers_counts_from_its_first(tmp_path, caplog):
 
 
 # Mistakes.
+
+
+def test_an_infinite_loss_of_no_weight_is_none(tmp_path):
+    """As in `reduce`: 0 times infinity is 0, in training and in evaluation."""
+
+    def loss(student, targets, mask):
+        matrix = student.square().mean(1, keepdim=True).expand(mask.shape)
+        return torch.where(torch.tensor([False, True]), torch.inf, matrix)
+
+    objective = Objective(loss, weight=torch.tensor([1.0, 0.0]))
+    args = arguments(tmp_path, max_steps=2)
+    trainer = DistillationTrainer(
+        network(), objective, Store(missing=0.0), args, train_dataset=vectors(),
+        eval_dataset=vectors(),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.guard.skipped == 0
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_loss/cnn"])
+
+
+def test_a_step_without_an_end_leaves_no_trace(tmp_path):
+    """Data of unknown length ends within a step, which transformers never takes."""
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            rows = vectors(24)
+            rows[20]["x"] = torch.full((8,), torch.nan)  # in the part that is left over
+            return iter(rows)
+
+    args = sgd(tmp_path, max_steps=3, gradient_accumulation_steps=2, logging_steps=3)
+    trainer = DistillationTrainer(
+        student(), gaussian(), Store(24), args, train_dataset=Stream(), norm=TeacherNorm(DIMS)
+    )
+    trainer.train()
+    plain = DistillationTrainer(
+        student(), gaussian(), Store(24), args, train_dataset=vectors(24)[:16] * 3,
+        norm=TeacherNorm(DIMS),
+    )  # fmt: skip
+    plain.train()
+    assert trainer.guard.skipped == 0
+    expected = plain.distillation.state_dict()
+    torch.testing.assert_close(trainer.distillation.state_dict(), expected, rtol=0, atol=0)
+    logs = [each.state.log_history[0]["loss/cnn"] for each in (trainer, plain)]
+    assert logs[0] == logs[1]
+
+
+def test_an_evaluation_of_nothing_is_no_good_one(tmp_path, caplog):
+    store = Store()
+    store.mask[:16] = False
+    trainer = DistillationTrainer(network(), gaussian(), store, arguments(tmp_path))
+    assert np.isnan(trainer.evaluate(vectors(16))["eval_loss"])
+    assert "no target of any teacher counted in evaluation: its loss is NaN" in caplog.text

@@ -5,19 +5,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from distilling import WIDTH, Store, arguments, bert, gaussian, network, texts, vectors
+from distilling import DIMS, WIDTH, Store, arguments, bert, gaussian, network, texts, vectors
 from torch import nn
 from torch.distributed.fsdp import StateDictType
 from transformers import TrainingArguments
 
 import mtkd.functional as F
-from mtkd.nn import Projectors, TeacherNorm
+from mtkd.distributed import TeacherParallel
+from mtkd.nn import PhiS, Projectors, TeacherNorm
 from mtkd.trainer import DistillationTrainer, Encoder, Objective, TeacherModels
 from mtkd.trainer.checks import check_fsdp
+from mtkd.trainer.targets import fetch
 
 
 def scalar(student, targets, mask):
     return student.mean()
+
+
+def constant(student, targets, mask):
+    return torch.ones(mask.shape)
 
 
 def without_row():
@@ -36,6 +42,13 @@ class Stateful(nn.Linear):
         return 3
 
 
+class Tokens(nn.Module):
+    """Returns an embedding for each token."""
+
+    def forward(self, x):
+        return x[:, None, :6]
+
+
 class Bare(nn.Module):
     def forward(self, x):
         return {"hidden": x}
@@ -45,13 +58,19 @@ class Bare(nn.Module):
     ("changes", "message"),
     [
         ({"objective": scalar}, r"objective: .* \(N, T\) = \(8, 2\) .* got shape \(\)"),
-        ({"student": Encoder(Sums())}, r"student: expected embeddings \(N, H\), N = 8, got \(\)"),
+        (
+            {"student": Encoder(Sums())},
+            r"student: expected embeddings \(N, H\), N = 8 .*, got \(\)",
+        ),
         ({"student": Encoder(Bare())}, "student: expected an embedding from Bare .*got dict"),
         ({"student": Encoder(nn.Linear(8, 3), inputs=("x",))}, r"student: expected shape \(8, 6\)"),
         ({"student": nn.Linear(8, 6)}, "batch: expected key input for Linear, got x, row; inputs="),
         ({"data": without_row()}, "batch: expected key 'row', each sample's row in the store"),
         ({"data": [s | {"row": 0.5} for s in vectors()]}, r"batch\['row'\]: expected int64"),
         ({"targets": lambda batch: (torch.ones(8, 7), None)}, "targets: .* got 7 columns"),
+        ({"student": Encoder(Tokens())}, r"student: expected embeddings \(N, H\), .*\(8, 1, 6\)"),
+        ({"objective": constant}, "objective: expected a loss of what is trained, got a constant"),
+        ({"norm": PhiS(DIMS, fallback="hartley")}, "norm: expected PhiS with statistics, got one"),
         ({"targets": lambda batch: (torch.ones(8), None)}, r"targets: .*\(N, D\), got .*\(8,\)"),
         (
             {"targets": lambda batch: (torch.ones(8, 8), torch.ones(8, 2))},
@@ -63,9 +82,8 @@ def test_mistakes_raise_before_the_first_step(tmp_path, changes, message):
     given = {"student": network(), "objective": gaussian(), "targets": Store(), "data": vectors()}
     given |= changes
     args = arguments(tmp_path, max_steps=1, remove_unused_columns=False)
-    trainer = DistillationTrainer(
-        given["student"], given["objective"], given["targets"], args, train_dataset=given["data"]
-    )
+    data = given.pop("data")
+    trainer = DistillationTrainer(**given, args=args, train_dataset=data)
     before = [p.clone() for p in trainer.distillation.parameters()]
     with pytest.raises(ValueError, match=message):
         trainer.train()
@@ -95,7 +113,16 @@ def test_mistakes_raise_before_the_first_step(tmp_path, changes, message):
         (
             {"objective": {"a.b": gaussian()}},
             ValueError,
-            "objective: expected names without a dot, got 'a.b'",
+            "objective: expected names without a dot, .* got 'a.b'",
+        ),
+        ({"norm": True}, TypeError, "norm: expected TeacherNorm, PhiS or None, got bool"),
+        ({"heads_learning_rate": "1e-2"}, TypeError, "heads_learning_rate: expected a number"),
+        ({"objective": Projectors}, TypeError, "objective: expected .*, got the class Projectors"),
+        ({"objective": {"information": gaussian()}}, ValueError, "other than 'information', got"),
+        (
+            {"objective": TeacherParallel(partial(Projectors, WIDTH), DIMS)},
+            TypeError,
+            "objective: expected heads that every process has whole, got TeacherParallel",
         ),
         (
             {"compute_loss_func": lambda *_: 0},
@@ -105,14 +132,25 @@ def test_mistakes_raise_before_the_first_step(tmp_path, changes, message):
         (
             {"student": Encoder(Stateful(8, 6), inputs=("x",))},
             ValueError,
-            r"state dicts of tensors alone, got student.model \(Stateful\), which has an extra",
+            r"state dicts of tensors alone, got student.model \(Stateful\), .* state is int",
         ),
     ],
 )
 def test_what_does_not_fit_is_told_at_once(tmp_path, options, error, message):
     given = {"student": network(), "objective": gaussian(), "targets": Store()} | options
     with pytest.raises(error, match=message):
-        DistillationTrainer(**given, args=arguments(tmp_path))
+        DistillationTrainer(**given, args=arguments(tmp_path, save_strategy="steps"))
+
+
+def test_what_is_never_saved_may_have_any_state(tmp_path):
+    student = Encoder(Stateful(8, 6), inputs=("x",))
+    DistillationTrainer(student, gaussian(), Store(), arguments(tmp_path))
+
+
+def test_labels_are_not_smoothed(tmp_path):
+    args = arguments(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match=r"expected no smoothing of labels, .* got label_smoothin"):
+        DistillationTrainer(network(), gaussian(), Store(), args)
 
 
 def test_teachers_in_the_loop_are_those_of_the_heads(tmp_path):
@@ -147,6 +185,16 @@ def test_teachers_in_the_loop_are_those_of_the_heads(tmp_path):
             ),
             ValueError,
             r"weight: expected one for each of 2 columns of GaussianHeads, got shape \(3,\)",
+        ),
+        (
+            lambda: Objective(gaussian(), "0.5"),
+            TypeError,
+            "coefficient: .*a number, got str",
+        ),
+        (
+            lambda: fetch(lambda batch: torch.ones(2, 8), {}, (3, 5)),
+            TypeError,
+            r"targets: expected a pair \(packed, mask or None\), got Tensor",
         ),
         (
             lambda: Encoder(nn.Linear(8, 6), "mean", inputs=("x",))({"x": torch.ones(3, 8)}),

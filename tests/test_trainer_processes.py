@@ -9,16 +9,18 @@ import pytest
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from distilling import DIMS, Store, gaussian, network, sgd, vectors
+from distilling import DIMS, WIDTH, Store, gaussian, network, sgd, vectors
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from mtkd.nn import TeacherNorm
+from mtkd.nn import Projectors, TeacherNorm
 from mtkd.trainer import DistillationTrainer
 
 DOUBLE = torch.float64
 
 
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_steps": 1}
+BEST |= {"eval_strategy": "steps", "save_steps": 1, "greater_is_better": True}  # the first one
 SHARDED = {"state_dict_type": "SHARDED_STATE_DICT", "auto_wrap_policy": "NO_WRAP"}
 
 
@@ -32,7 +34,13 @@ def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
-def train(folder, batch, resume=False, fsdp=None, **options):
+def losses(kind):
+    """Likelihoods; or projectors and a norm, of which FSDP shall make nothing of its own."""
+    torch.manual_seed(6)
+    return gaussian(DOUBLE) if kind == "gaussian" else Projectors(WIDTH, DIMS).to(DOUBLE)
+
+
+def train(folder, batch, resume=False, fsdp=None, kind="gaussian", best=False, **options):
     """Two steps of 32 rows and one of 16, the second of which has a bad row."""
     data, store = vectors(80, DOUBLE), Store(80, dtype=DOUBLE)
     data[41]["x"] = torch.full((8,), torch.nan, dtype=DOUBLE)
@@ -43,14 +51,14 @@ def train(folder, batch, resume=False, fsdp=None, **options):
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=2,
         save_strategy="steps",
-        save_steps=2,
         max_grad_norm=0.1,
+        **(BEST if best else {"save_steps": 2}),
         **({"fsdp": True, "fsdp_config": fsdp} if fsdp else {}),
     )
     if fsdp:
         shard(args)
     trainer = DistillationTrainer(
-        network(DOUBLE), gaussian(DOUBLE), store, args, train_dataset=data,
+        network(DOUBLE), losses(kind), store, args, train_dataset=data,
         eval_dataset=vectors(19, DOUBLE), norm=TeacherNorm(DIMS), **options,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=os.path.join(folder, "checkpoint-2") if resume else None)
@@ -93,8 +101,13 @@ def two(folder, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"heads_once": True, "recompute_student": True}, {"fsdp": SHARDED, "heads_once": True}],
-    ids=["each", "once", "fsdp"],
+    [
+        {},
+        {"heads_once": True, "recompute_student": True},
+        {"fsdp": SHARDED, "heads_once": True},
+        {"fsdp": SHARDED, "kind": "projectors"},
+    ],
+    ids=["each", "once", "fsdp", "fsdp-projectors"],
 )
 def test_two_processes_train_as_one(tmp_path, options):
     alone = {name: value for name, value in options.items() if name != "fsdp"}
@@ -105,9 +118,18 @@ def test_two_processes_train_as_one(tmp_path, options):
         assert count == skipped == 1
         assert evaluation["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-9)
         for step in (0, 2) if history else ():  # the first process alone keeps logs
-            for key in ("loss", "loss/cnn", "information/pca", "grad_norm"):
+            for key in {"loss", "loss/cnn", "information/pca", "grad_norm"} & logs[step].keys():
                 assert history[step][key] == pytest.approx(logs[step][key], rel=1e-5)
     student = load_file(tmp_path / "student" / "model.safetensors")
     assert torch.equal(student["0.weight"], weights[0]["student.model.0.weight"])
     again, _ = two(tmp_path, options | {"resume": True})  # the last step, from the checkpoint
     torch.testing.assert_close(again, weights, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"fsdp": SHARDED}], ids=["ddp", "fsdp"])
+def test_all_processes_end_with_the_best_checkpoint(tmp_path, options):
+    expected, *_ = train(tmp_path / "one", 16, best=True)
+    weights, _ = two(tmp_path, options | {"best": True})
+    torch.testing.assert_close(weights, [expected] * 2, rtol=1e-9, atol=1e-12)
+    last, *_ = train(tmp_path / "last", 16)
+    assert not torch.equal(last["student.model.0.weight"], expected["student.model.0.weight"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.trainer_utils import get_last_checkpoint
 
-from mtkd.trainer import checkpoints
+from mtkd.trainer import DistillationTrainer, checkpoints
 
 ROUNDS = int(os.environ.get("MTKD_KILLS", "3"))
 
@@ -93,7 +93,7 @@ def _after(trainer, file, half, stop):
     name = {
         "model.safetensors": "_save_optimizer_and_scheduler",
         "optimizer.pt": "_save_rng_state",
-        "trainer_state.json": "_complete",
+        "trainer_state.json": "_name_best",
     }[file]
     method = getattr(trainer, name)
 
@@ -103,6 +103,64 @@ def _after(trainer, file, half, stop):
         return method(*arguments)
 
     return name, instead
+
+
+def test_a_step_that_is_trained_again_is_never_without_a_checkpoint(tmp_path, monkeypatch):
+    """Stop between the two renames: the older checkpoint has its name again."""
+    args = distilling.arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+
+    def trainer():
+        return DistillationTrainer(
+            distilling.network(), distilling.gaussian(), distilling.Store(), args,
+            train_dataset=distilling.vectors(),
+        )  # fmt: skip
+
+    trainer().train()
+    before = (tmp_path / "checkpoint-2" / "model.safetensors").read_bytes()
+    renames, replace = [], os.replace
+
+    def stop(source, target):
+        renames.append(target)
+        if str(target) == str(tmp_path / "checkpoint-2"):
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoints.os, "replace", stop)
+    with pytest.raises(Killed):
+        trainer().train()
+    assert len(renames) == 2
+    assert get_last_checkpoint(str(tmp_path)) is None
+    monkeypatch.undo()
+    trainer()
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").read_bytes() == before
+
+
+def test_a_step_broken_off_does_not_outlive_it(whole, tmp_path, monkeypatch):
+    """The same trainer goes on from its checkpoint, with the statistics that are there."""
+    trainer = distilling.resumable(tmp_path)
+    reduce = trainer.objectives["loss"].reduce
+
+    def stop(*arguments):
+        if trainer.state.global_step == 8:
+            raise KeyboardInterrupt
+        return reduce(*arguments)
+
+    monkeypatch.setattr(trainer.objectives["loss"], "reduce", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    monkeypatch.undo()
+    trainer.train(resume_from_checkpoint=True)
+    ended = trainer.distillation.state_dict()
+    assert [name for name, tensor in whole.items() if not torch.equal(tensor, ended[name])] == []
+
+
+def test_damaged_weights_are_named(tmp_path):
+    trainer = distilling.resumable(tmp_path)
+    trainer.save_model(str(tmp_path / "saved"))
+    file = tmp_path / "saved" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"expected whole files in .*saved, got one of weights"):
+        trainer._load_from_checkpoint(str(tmp_path / "saved"))
 
 
 def test_state_dicts_are_made_fit_for_safetensors():

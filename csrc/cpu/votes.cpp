@@ -6,43 +6,12 @@
 #include <memory>
 
 #include "../votes_operators.h"
-#include "rows.h"
+#include "teachers.h"
 
 namespace mtkd::cpu {
 namespace {
 
 using votes::exponential_of_excess;
-using votes::product;
-
-// 64 bytes of numbers, wherever they lie.
-template <class A>
-struct Vector {
-  typedef A type __attribute__((vector_size(64), aligned(alignof(A)), may_alias));
-};
-
-// The largest number, in four accumulators, since one waits for itself; NaN is passed over. The
-// last vectors begin where they end with the numbers: single ones would take as long as all the
-// others.
-template <class A>
-MTKD_INLINE A largest_loop(const A* x, int64_t n) {
-  using V = typename Vector<A>::type;
-  constexpr int64_t kLanes = 64 / sizeof(A), kStep = 4 * kLanes;
-  A most = -std::numeric_limits<A>::infinity();
-  if (n < kStep) {
-    for (int64_t i = 0; i < n; ++i) most = x[i] > most ? x[i] : most;
-    return most;
-  }
-  V a = V{} + most, b = a, c = a, d = a;
-  for (int64_t i = 0; i < n; i += kStep) {
-    const V* at = reinterpret_cast<const V*>(x + std::min(i, n - kStep));
-    a = at[0] > a ? at[0] : a, b = at[1] > b ? at[1] : b;
-    c = at[2] > c ? at[2] : c, d = at[3] > d ? at[3] : d;
-  }
-  a = a > b ? a : b, c = c > d ? c : d, a = a > c ? a : c;
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t k = 0; k < half; ++k) a[k] = a[k] > a[k + half] ? a[k] : a[k + half];
-  return a[0];
-}
 
 // Where numbers are not below `most`, as NaN is not: how many, and the sum of their indices.
 template <class A>
@@ -65,60 +34,6 @@ MTKD_INLINE Matches<A> matches_loop(const A* x, int64_t n, A most) {
   return {count, indices};
 }
 
-// The student's logits less the largest, their exponentials, and the sum of these.
-template <class A>
-MTKD_INLINE A student_loop(const A* s, A most, int64_t n, A* excess, A* exponentials) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    const A x = s[i] - most, e = exponential_of_excess(x);
-    excess[i] = x, exponentials[i] = e;
-    sum += e;
-  }
-  return sum;
-}
-
-template <class A>
-MTKD_INLINE void scale_loop(A factor, int64_t n, A* x) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
-}
-
-// A teacher's exponentials, whose factor is only known after all of them.
-template <class A>
-struct Exponentials {
-  const A* numbers;
-  A factor;
-};
-
-template <class A>
-struct Sums {
-  A exponentials = 0, products = 0;  // the latter with the student's excess
-};
-
-// The exponentials of a teacher; meanwhile those of the teacher before are taken off the gradient.
-template <bool Before, class A>
-MTKD_INLINE Sums<A> teacher_loop(const A* x, A most, A scale, const A* excess, int64_t n, A* out,
-                                 Exponentials<A> before, A* grad) {
-  A sum = 0, products = 0;
-  const A *numbers = before.numbers, factor = before.factor;
-#pragma omp simd reduction(+ : sum, products)
-  for (int64_t i = 0; i < n; ++i) {
-    const A e = exponential_of_excess((x[i] - most) * scale);
-    out[i] = e;
-    sum += e;
-    products += product(e, excess[i]);
-    if constexpr (Before) grad[i] -= factor * numbers[i];
-  }
-  return {sum, products};
-}
-
-template <class A>
-MTKD_INLINE void subtract_loop(Exponentials<A> from, int64_t n, A* grad) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) grad[i] -= from.factor * from.numbers[i];
-}
-
 // Takes a softmax off whose sum is known.
 template <class A>
 MTKD_INLINE void subtract_softmax_loop(const A* x, A most, A scale, A factor, int64_t n, A* grad) {
@@ -127,21 +42,8 @@ MTKD_INLINE void subtract_softmax_loop(const A* x, A most, A scale, A factor, in
 }
 
 #define MTKD_VOTES_LOOPS(A)                                                                      \
-  MTKD_CLONES A largest(const A* x, int64_t n) { return largest_loop(x, n); }                    \
   MTKD_CLONES Matches<A> matches(const A* x, int64_t n, A most) {                                \
     return matches_loop(x, n, most);                                                             \
-  }                                                                                              \
-  MTKD_CLONES A student_part(const A* s, A most, int64_t n, A* excess, A* exponentials) {        \
-    return student_loop(s, most, n, excess, exponentials);                                       \
-  }                                                                                              \
-  MTKD_CLONES void scale_by(A factor, int64_t n, A* x) { scale_loop(factor, n, x); }             \
-  MTKD_CLONES Sums<A> teacher_part(const A* x, A most, A scale, const A* excess, int64_t n,      \
-                                   A* out, Exponentials<A> before, A* grad) {                    \
-    return before.numbers ? teacher_loop<true>(x, most, scale, excess, n, out, before, grad)     \
-                          : teacher_loop<false>(x, most, scale, excess, n, out, before, grad);   \
-  }                                                                                              \
-  MTKD_CLONES void subtract(Exponentials<A> from, int64_t n, A* grad) {                          \
-    subtract_loop(from, n, grad);                                                                \
   }                                                                                              \
   MTKD_CLONES void subtract_softmax(const A* x, A most, A scale, A factor, int64_t n, A* grad) { \
     subtract_softmax_loop(x, most, scale, factor, n, grad);                                      \
@@ -150,12 +52,10 @@ MTKD_VOTES_LOOPS(float)
 MTKD_VOTES_LOOPS(double)
 #undef MTKD_VOTES_LOOPS
 
-constexpr int64_t kPrefetched = int64_t{32} << 10;  // bytes of a row; longer ones are fetched well
-
 template <class A>
 struct Kernel {
   View student, mask, weight, coefficient, loss, grad;  // those not there have no data
-  std::vector<View> teacher;
+  Teachers teachers;
   int64_t *written_class = nullptr, *saved_class = nullptr;  // of hard votes
   A *written_sums = nullptr, *saved_sums = nullptr;          // of soft ones
   int64_t rows, classes, voters, columns;
@@ -170,13 +70,13 @@ struct Kernel {
         coefficient(coefficient),
         loss(results.loss),
         grad(output_view(results.student_grad, results.fresh)),
+        teachers(arguments.teacher, arguments.rows, arguments.voters, arguments.classes),
         rows(arguments.rows),
         classes(arguments.classes),
         voters(arguments.voters),
         columns(arguments.teachers),
         scale(static_cast<A>(1 / arguments.temperature)),
         hard(arguments.hard) {
-    for (const Tensor& each : arguments.teacher) teacher.emplace_back(each);
     if (hard) {
       if (results.saved) written_class = static_cast<int64_t*>(results.saved->data_ptr());
       if (saved) saved_class = static_cast<int64_t*>(saved->data_ptr());
@@ -184,32 +84,6 @@ struct Kernel {
       if (results.saved) written_sums = static_cast<A*>(results.saved->data_ptr());
       if (saved) saved_sums = static_cast<A*>(saved->data_ptr());
     }
-  }
-
-  // The view in which a teacher lies, and its place there.
-  const View& view(int64_t t) const { return teacher.size() == 1 ? teacher[0] : teacher[t]; }
-  int64_t place(int64_t t) const { return teacher.size() == 1 ? t : 0; }
-
-  const A* logits(int64_t n, int64_t t, A* scratch) const {
-    return view(t).load(n, place(t), 0, classes, scratch);
-  }
-
-  // Fetch the teacher two places on, be it the next row's. Inlined, since GCC drops calls of a
-  // function that does nothing else.
-  MTKD_INLINE void prefetch_after(int64_t n, int64_t t) const {
-    t += 2;
-    if (t >= voters) ++n, t -= voters;
-    if (n >= rows || t >= voters) return;
-    prefetch(view(t), n, place(t));
-  }
-  MTKD_INLINE void prefetch_student(int64_t n) const {
-    if (n < rows) prefetch(student, n, 0);
-  }
-  MTKD_INLINE void prefetch(const View& from, int64_t n, int64_t t) const {
-    const int64_t bytes = classes * from.item;
-    if (from.column != 1 || bytes > kPrefetched) return;
-    const char* source = from.at(n, t, 0);
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(source + i);
   }
 };
 
@@ -270,11 +144,9 @@ struct Row {
     const A* s = in.student.load(n, 0, 0, in.classes, read);
     grad = in.grad ? in.grad.target(n, 0, 0, gradient) : gradient;
     const A most = largest(s, in.classes);
-    A sum = 0;
-    for (int64_t j = 0; j < in.classes; j += kBlock)
-      sum += student_part(s + j, most, std::min(kBlock, in.classes - j), excess + j, grad + j);
+    const A sum = student_part(s, most, A(1), in.classes, excess, grad);
     log_sum = std::log(sum);
-    in.prefetch_student(n + 1);
+    in.teachers.prefetch_student(in.student, n + 1);
     if (!in.grad) return;
     A total = 0;
     for (int64_t k = 0; k < in.columns; ++k) total += coefficient(k);
@@ -283,8 +155,8 @@ struct Row {
 
   // The class of a teacher's largest logit; -1 where there are `several`, or none.
   int64_t decision(int64_t t) {
-    in.prefetch_after(n, t);
-    const A* x = in.logits(n, t, read);
+    in.teachers.prefetch_after(n, t);
+    const A* x = in.teachers.load(n, t, read);
     constexpr A kLeast = -std::numeric_limits<A>::infinity();
     const A most = largest(x, in.classes);
     const Matches<A> found = matches(x, in.classes, most);
@@ -368,10 +240,11 @@ struct Row {
     A mean = 0;  // of the student's excess, over all votes
     for (int64_t t = 0; t < in.voters; ++t) {
       if (!counted(t)) continue;
-      in.prefetch_after(n, t);
-      const A* x = in.logits(n, t, read);
+      in.teachers.prefetch_after(n, t);
+      const A* x = in.teachers.load(n, t, read);
       const A most = largest(x, in.classes);
-      const Sums<A> sums = exponentiate(x, most, last);
+      const Sums<A> sums =
+          teacher_part(x, most, in.scale, excess, in.classes, exponentials, last, grad);
       const A expected = sums.products / sums.exponentials;
       if (together()) {
         mean += weight(t) / all * expected;
@@ -383,45 +256,29 @@ struct Row {
         saved[0] = most, saved[1] = sums.exponentials;
       }
       if (!in.grad) continue;
-      last = {exponentials, factors[t] / sums.exponentials};
+      last = {exponentials, -factors[t] / sums.exponentials};
       std::swap(exponentials, before);
     }
     if (together()) in.loss.put(n, 0, 0, log_sum - mean);
-    if (last.numbers) subtract(last, in.classes, grad);
-  }
-
-  Sums<A> exponentiate(const A* x, A most, Exponentials<A> last) {
-    Sums<A> all;
-    for (int64_t j = 0; j < in.classes; j += kBlock) {
-      const Exponentials<A> part{last.numbers ? last.numbers + j : nullptr, last.factor};
-      const Sums<A> sums =
-          teacher_part(x + j, most, in.scale, excess + j, std::min(kBlock, in.classes - j),
-                       exponentials + j, part, grad + j);
-      all.exponentials += sums.exponentials, all.products += sums.products;
-    }
-    return all;
+    if (last.numbers) add(last, in.classes, grad);
   }
 
   void soft_gradient() {
     for (int64_t t = 0; t < in.voters; ++t) {
       if (!counted(t)) continue;
-      in.prefetch_after(n, t);
+      in.teachers.prefetch_after(n, t);
       const A* saved = in.saved_sums + (n * in.voters + t) * 2;
-      subtract_softmax(in.logits(n, t, read), saved[0], in.scale, factors[t] / saved[1], in.classes,
-                       grad);
+      subtract_softmax(in.teachers.load(n, t, read), saved[0], in.scale, factors[t] / saved[1],
+                       in.classes, grad);
     }
   }
 };
 
 template <class A>
 void run_as(const Kernel<A>& kernel) {
-  constexpr int64_t kThreadWork = 16384;  // numbers below which another thread does not pay
-  const int64_t grain = std::max<int64_t>(1, kThreadWork / (kernel.classes * kernel.voters + 1));
-  if (!kernel.rows) return;
-  torch::stable::parallel_for(0, kernel.rows, grain, [&](int64_t begin, int64_t end) {
+  for_each_range(kernel.rows, kernel.classes * kernel.voters, [&](int64_t begin, int64_t end) {
     Row<A> row(kernel);
     for (int64_t n = begin; n < end; ++n) row.run(n);
-    stream_fence();
   });
 }
 

@@ -11,6 +11,7 @@ from ..packing import join_small, stack_equal
 from ..reduction import Weight, reduce
 from ..reference.columns import accumulate_dtype
 from .checks import (
+    Dims,
     Group,
     check_dims,
     check_number,
@@ -28,7 +29,7 @@ Tensors = Tensor | Sequence[Tensor]
 def alignment(
     student: Tensors,
     target: Tensors,
-    dims: Sequence[int] | None = None,
+    dims: Dims | None = None,
     *,
     cosine: float = 0.5,
     smooth_l1: float = 0.5,
@@ -53,7 +54,8 @@ def alignment(
     Args:
         student: the student's columns, packed with `dims` or one tensor a teacher.
         target: the teachers' embeddings, like `student`; any floating dtype, no gradient.
-        dims: the width of each teacher; None with a tensor means a single teacher.
+        dims: the width of each teacher, a sequence or a mapping by name, in order; None with a
+            tensor means a single teacher.
         cosine: c, the weight of the cosine distance.
         smooth_l1: :math:`\lambda`, the weight of smooth L1.
         mse: m, the weight of the squared error.
@@ -104,9 +106,7 @@ def alignment(
     return _rows(tensors, dims, settings, weight, mask, denominator, reduction)
 
 
-def cosine(
-    student: Tensors, target: Tensors, dims: Sequence[int] | None = None, **options: Any
-) -> Tensor:
+def cosine(student: Tensors, target: Tensors, dims: Dims | None = None, **options: Any) -> Tensor:
     r"""Cosine distance, :math:`1 - \cos(s, t)`: `alignment` with this term alone.
 
     Options are those of `alignment`.
@@ -120,9 +120,7 @@ def cosine(
     return alignment(student, target, dims, cosine=1.0, smooth_l1=0.0, mse=0.0, **options)
 
 
-def mse(
-    student: Tensors, target: Tensors, dims: Sequence[int] | None = None, **options: Any
-) -> Tensor:
+def mse(student: Tensors, target: Tensors, dims: Dims | None = None, **options: Any) -> Tensor:
     """Mean squared error, ``mean_d (s - t)^2``: `alignment` with this term alone.
 
     Options are those of `alignment`.
@@ -137,7 +135,7 @@ def mse(
 
 
 def smooth_l1(
-    student: Tensors, target: Tensors, dims: Sequence[int] | None = None, **options: Any
+    student: Tensors, target: Tensors, dims: Dims | None = None, **options: Any
 ) -> Tensor:
     """Smooth L1 error, a mean over columns: `alignment` with this term alone.
 
@@ -155,7 +153,7 @@ def smooth_l1(
 def angle(
     student: Tensors,
     target: Tensors,
-    dims: Sequence[int] | None = None,
+    dims: Dims | None = None,
     *,
     dispersion: Tensor | None = None,
     shift: Tensors | None = None,
@@ -175,7 +173,8 @@ def angle(
     Args:
         student: the student's columns, packed with `dims` or one tensor a teacher.
         target: the teachers' embeddings, like `student`.
-        dims: the width of each teacher; None with a tensor means a single teacher.
+        dims: the width of each teacher, a sequence or a mapping by name, in order; None with a
+            tensor means a single teacher.
         dispersion: v, ``(T,)``: how far a teacher's embeddings spread, such as the mean squared
             angle to their mean; None means 1.
         shift: subtracted from the target; see `alignment`, as for all that follow.
@@ -208,7 +207,7 @@ def linear_alignment(
     input: Tensors,
     linear_weight: Tensors,
     target: Tensors,
-    dims: Sequence[int] | None = None,
+    dims: Dims | None = None,
     *,
     linear_bias: Tensors | None = None,
     cosine: float = 0.5,
@@ -232,7 +231,8 @@ def linear_alignment(
         input: what the projectors' last layer takes, shared by the teachers or one tensor each.
         linear_weight: rows of all teachers, or one tensor a teacher.
         target: the teachers' embeddings; any floating dtype, no gradient.
-        dims: the width of each teacher; None with a tensor means a single teacher.
+        dims: the width of each teacher, a sequence or a mapping by name, in order; None with a
+            tensor means a single teacher.
         linear_bias: biases of `linear_weight`.
         cosine: weight of the cosine distance; see `alignment`, as for all that follow.
         smooth_l1: weight of smooth L1.
@@ -323,7 +323,7 @@ def _settings(
 
 def _rows(
     tensors: tuple[Any, ...],
-    dims: Sequence[int] | None,
+    dims: Dims | None,
     settings: tuple[float, ...],
     weight: Weight,
     mask: Tensor | None,

@@ -1,11 +1,13 @@
 """Checks that losses share: one clear error that names the argument, what it wants, what came."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import index
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+Dims = Sequence[int] | Mapping[str, int]  # widths of teachers, in order, maybe by name
 
 _LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -48,11 +50,13 @@ def check_target(name: str, target: Any, device: torch.device) -> None:
         )
 
 
-def check_dims(dims: Sequence[int] | None, width: int | None, name: str) -> tuple[int, ...]:
+def check_dims(dims: Dims | None, width: int | None, name: str) -> tuple[int, ...]:
     """Return the teachers' widths, positive; they sum to the columns of `name`, if it has any."""
     if dims is None and width:
         return (width,)
     dims = (width or 0,) if dims is None else dims
+    if isinstance(dims, Mapping):  # by name, as a store has them
+        dims = tuple(dims.values())
     if not is_sequence(dims):
         raise TypeError(f"dims: expected a sequence of widths, got {type(dims).__name__}")
     widths = tuple(dims)
@@ -75,11 +79,11 @@ class Group(NamedTuple):
     """The tensors of one call of an operator: packed teachers, or one teacher of a sequence."""
 
     tensors: tuple[Any, ...]
-    dims: Sequence[int] | None
+    dims: Dims | None
     suffix: str  # "[t]" for teacher t of a sequence, for error messages
 
 
-def group_teachers(dims: Sequence[int] | None, **arguments: Any) -> list[Group]:
+def group_teachers(dims: Dims | None, **arguments: Any) -> list[Group]:
     """Group arguments into calls: one for packed tensors, one a teacher for sequences.
 
     The first argument decides; with sequences every other argument is one, or None.

@@ -10,6 +10,7 @@ from ..packing import join_small, stack_equal
 from ..reduction import Weight, reduce
 from ..reference.columns import accumulate_dtype
 from .checks import (
+    Dims,
     Group,
     check_dims,
     check_number,
@@ -29,7 +30,7 @@ DIVERGENCES = ("forward", "reverse", "jeffreys", "js")
 def kl_div(
     student: Tensors,
     teacher: Tensors,
-    dims: Sequence[int] | None = None,
+    dims: Dims | None = None,
     *,
     temperature: float = 1.0,
     divergence: str = "forward",
@@ -58,8 +59,8 @@ def kl_div(
             one head, shared by teachers of the same classes.
         teacher: the teachers' logits, like `student`, or all teachers of a shared head. They
             receive a gradient where they require one.
-        dims: number of classes of each teacher; None with a tensor means a single teacher, or
-            teachers that share the student's head.
+        dims: number of classes of each teacher, a sequence or a mapping by name; None with a tensor
+            means a single teacher, or teachers that share the student's head.
         temperature: :math:`\tau`, which divides the logits of both sides.
         divergence: "forward", "reverse", "jeffreys" or "js".
         beta: the teacher's share of the mixture in "js", between 0 and 1.
@@ -132,7 +133,7 @@ def linear_kl_div(
     input: Tensors,
     linear_weight: Tensors,
     teacher: Tensor | Sequence[Tensor | Layer],
-    dims: Sequence[int] | None = None,
+    dims: Dims | None = None,
     *,
     linear_bias: Tensors | None = None,
     temperature: float = 1.0,
@@ -155,8 +156,8 @@ def linear_kl_div(
         linear_weight: the heads' rows of all teachers, or one tensor a teacher.
         teacher: the teachers' logits; or ``(features, weight)`` or ``(features, weight, bias)`` of
             each. Any floating dtype, no gradient.
-        dims: number of classes of each teacher; None with a tensor means a single teacher, or what
-            the teachers' layers have.
+        dims: number of classes of each teacher, a sequence or a mapping by name; None with a tensor
+            means a single teacher, or what the teachers' layers have.
         linear_bias: biases of `linear_weight`.
         temperature: :math:`\tau`; see `kl_div`, as for all that follow.
         divergence: "forward", "reverse", "jeffreys" or "js".
@@ -237,9 +238,7 @@ def _settings(
     return *shares, mixture, float(temperature), scale
 
 
-def _row_calls(
-    student: Any, teacher: Any, dims: Sequence[int] | None
-) -> tuple[list[tuple[Any, ...]], Any]:
+def _row_calls(student: Any, teacher: Any, dims: Dims | None) -> tuple[list[tuple[Any, ...]], Any]:
     """Check the logits; return calls (dims, student, teacher) on rows, and the leading dimensions.
 
     One student head and a sequence of teachers are calls that share the student.
@@ -286,7 +285,7 @@ class _Layers(NamedTuple):
 
 
 def _linear_calls(
-    input: Any, linear_weight: Any, teacher: Any, dims: Sequence[int] | None, linear_bias: Any
+    input: Any, linear_weight: Any, teacher: Any, dims: Dims | None, linear_bias: Any
 ) -> tuple[list[tuple[Any, ...]], Any]:
     """Check the arguments; return calls (dims, input, weight, ...) on rows, and leading dimensions.
 

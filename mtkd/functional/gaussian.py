@@ -11,6 +11,7 @@ from ..packing import join_small, stack_equal
 from ..reduction import Weight, reduce, split_columns
 from ..reference.columns import accumulate_dtype
 from .checks import (
+    Dims,
     Group,
     check_bound,
     check_dims,
@@ -29,7 +30,7 @@ def gaussian_nll(
     mean: Tensors,
     log_std: Tensors,
     target: Tensors,
-    dims: Sequence[int] | None = None,
+    dims: Dims | None = None,
     *,
     mode_logits: Tensor | None = None,
     bound: float | None = None,
@@ -55,7 +56,8 @@ def gaussian_nll(
         mean: the means, packed with `dims` or one tensor a teacher.
         log_std: natural logarithms of the standard deviations, like `mean`.
         target: the teachers' embeddings; any floating dtype, no gradient.
-        dims: the width of each teacher; None with a tensor means a single teacher.
+        dims: the width of each teacher, a sequence or a mapping by name, in order; None with a
+            tensor means a single teacher.
         mode_logits: unnormalised log-probabilities of mixture modes; their log-softmax over the
             modes is taken here.
         bound: with b, ``b * tanh(log_std / b)`` takes the place of `log_std`.
@@ -181,7 +183,7 @@ def linear_gaussian_nll(
     input: Tensors,
     linear_weight: Tensors,
     target: Tensors,
-    dims: Sequence[int] | None = None,
+    dims: Dims | None = None,
     *,
     linear_bias: Tensors | None = None,
     mode_weight: Tensors | None = None,
@@ -206,7 +208,8 @@ def linear_gaussian_nll(
         input: student embeddings shared by the teachers, or one tensor a teacher.
         linear_weight: mean rows, then log_std rows, of all teachers; or one tensor a teacher.
         target: the teachers' embeddings; any floating dtype, no gradient.
-        dims: the width of each teacher; None with a tensor means a single teacher.
+        dims: the width of each teacher, a sequence or a mapping by name, in order; None with a
+            tensor means a single teacher.
         linear_bias: biases of `linear_weight`.
         mode_weight: weights of the mode logits; makes the heads mixtures of M modes.
         mode_bias: biases of `mode_weight`.

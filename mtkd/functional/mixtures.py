@@ -63,9 +63,10 @@ def mixture_kl(
         TypeError: not a tensor, an integer dtype, a DTensor.
 
     Note:
-        A few teachers at a time, with some temporaries of ``(*, max(C, 4096))``. A logit of -inf is
-        a class of probability 0, and 0 log 0 = 0; where only the student's is 0 the loss is inf,
-        and its gradients those of the other classes. In the gradient to the weights a class is
+        A kernel on a CPU, which reads the logits once where they lie. Elsewhere a few teachers at
+        a time, with some temporaries of ``(*, max(C, 4096))``. A logit of -inf is a class of
+        probability 0, and 0 log 0 = 0; where only the student's is 0 the loss is inf, and its
+        gradients those of the other classes. In the gradient to the weights a class is
         taken for at least as probable as the least normal number of the dtype, 1e-38, so that
         teachers of weight 0 have a finite one.
 

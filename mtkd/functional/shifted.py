@@ -1,20 +1,18 @@
 """Squared error between maps of two crops of an image, over what both of them see."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ..reduction import Weight, check_mask, reduce_matrix, token_mean
 from .alignment import mse
-from .checks import check_dims, check_target, check_tensor
+from .checks import Dims, check_dims, check_target, check_tensor
 
 
 def shifted_mse(
     student: Tensor,
     target: Tensor,
     offsets: Tensor,
-    dims: Sequence[int] | None = None,
+    dims: Dims | None = None,
     *,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
@@ -39,7 +37,7 @@ def shifted_mse(
         target: the teachers' maps; any floating dtype, no gradient.
         offsets: (y, x) of each image, where in the target's map the student's first position
             is: the corner of the student's crop minus that of the teachers', in positions.
-        dims: the width of each teacher; None means a single teacher.
+        dims: the width of each teacher, a sequence or a mapping by name; None means a single one.
         shift: subtracted from the target, such as the running mean of `mtkd.nn.TeacherNorm`.
         scale: multiplies the shifted target.
         weight: weights of teachers ``(T,)`` or of images and teachers ``(B, T)``; may require
@@ -105,7 +103,7 @@ def _positions(size: int, target_size: int, offset: Tensor) -> tuple[Tensor, Ten
     return at.clamp(0, target_size - 1), (at >= 0) & (at < target_size)
 
 
-def _check(student: Tensor, target: Tensor, offsets: Tensor, dims: Sequence[int] | None) -> int:
+def _check(student: Tensor, target: Tensor, offsets: Tensor, dims: Dims | None) -> int:
     """Raise unless the arguments fit; return the number of teachers."""
     check_tensor("student", student)
     check_target("target", target, student.device)

@@ -127,6 +127,8 @@ class TeacherMLPs(PackedModule):
         """Return what the last hidden layer makes, ``(N, T, hidden)`` of each group."""
         student = self._checked(student)
         rows = student.reshape(student.shape[:-1].numel(), self.in_features)
+        if not torch.is_autocast_enabled(rows.device.type):
+            rows = rows.to(self.get_parameter("hidden_0_weight").dtype)  # a 16-bit student's
         columns = ACTIVATIONS[self.activation](functional.linear(rows, *self.layer("hidden_0")))
         widths = [teachers * units for teachers, units in self.groups]
         return [

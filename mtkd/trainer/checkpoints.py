@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
@@ -15,6 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from .._durable import flush
 
 ASIDE = ".saving"  # a folder beside the checkpoints, whose name no one takes for one
+OLD = "old-"  # what it prefixes to a checkpoint that is about to be replaced
 STATE = "distillation.json"
 
 
@@ -25,6 +27,11 @@ class CheckpointTrainer(Trainer):  # type: ignore[misc]
     """
 
     _aside: str | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.args.should_save:
+            put_back(Path(self.args.output_dir))
 
     def _own_state(self) -> dict[str, Any]:
         return {}
@@ -48,9 +55,11 @@ class CheckpointTrainer(Trainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
         finally:
             self._aside = None
+        self._name_best(run, name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self._complete(aside / name, run)
+            self.state.save_to_json(str(aside / name / "trainer_state.json"))
+            self._save_own(aside / name)
             publish(aside / name, run / name)
             best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
             rotate_checkpoints(str(run), limit, best, use_mtime=True)
@@ -58,14 +67,12 @@ class CheckpointTrainer(Trainer):  # type: ignore[misc]
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run / name))
 
-    def _complete(self, aside: Path, run: Path) -> None:
-        """Write what is ours, and the best checkpoint under the name that it will have."""
+    def _name_best(self, run: Path, name: str) -> None:
+        """Have every process know the best checkpoint by the name that it will have."""
         if self.state.best_global_step:
             best = run / f"checkpoint-{self.state.best_global_step}"
-            if best.exists() or best.name == aside.name:
+            if best.exists() or best.name == name:
                 self.state.best_model_checkpoint = str(best)
-        self.state.save_to_json(str(aside / "trainer_state.json"))
-        self._save_own(aside)
 
     def _save_own(self, folder: Path) -> None:
         (folder / STATE).write_text(json.dumps(self._own_state()))
@@ -82,7 +89,13 @@ class CheckpointTrainer(Trainer):  # type: ignore[misc]
         path = Path(resume_from_checkpoint, STATE)
         if path.exists():
             self._load_own_state(json.loads(path.read_text()))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except SafetensorError as error:
+            raise ValueError(
+                f"resume_from_checkpoint: expected whole files in {resume_from_checkpoint}, got one"
+                f" of weights that cannot be read: {error}"
+            ) from error
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint of another student, or of other teachers."""
@@ -99,10 +112,18 @@ def publish(aside: Path, final: Path) -> None:
     for file in aside.rglob("*"):
         flush(file)
     if final.exists():
-        os.replace(final, aside.with_name(f"old-{final.name}"))
+        os.replace(final, aside.with_name(OLD + final.name))
     os.replace(aside, final)
     flush(final.parent)
     shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def put_back(run: Path) -> None:
+    """Give a checkpoint its name again that a kill left without, while a new one took its place."""
+    for old in (run / ASIDE).glob(f"{OLD}*"):
+        final = run / old.name.removeprefix(OLD)
+        if not final.exists():
+            os.replace(old, final)
 
 
 def savable(state: Mapping[str, Any]) -> dict[str, Tensor]:

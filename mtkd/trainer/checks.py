@@ -2,18 +2,44 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import TrainingArguments
 
+from ..nn import PhiS
+from ..nn.moments import Estimator
 from ..nn.packed import PackedModule
+from .targets import TeacherModels
 
 SHARDED = "SHARDED_STATE_DICT"
 
 
+def check_norm(norm: Any) -> None:
+    """Raise TypeError where targets' statistics are none."""
+    if norm is not None and not isinstance(norm, Estimator):
+        raise TypeError(f"norm: expected TeacherNorm, PhiS or None, got {type(norm).__name__}")
+
+
+def check_estimated(norm: Estimator) -> None:
+    """Raise ValueError where PhiS, which learns nothing while training, has not been estimated."""
+    if isinstance(norm, PhiS) and not bool(norm.mean.any() or (norm.gain != 1).any()):
+        raise ValueError(
+            "norm: expected PhiS with statistics, got one without; call"
+            " norm.estimate(store[i : i + 1000] for i in range(0, len(store), 1000)) beforehand"
+        )
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise TypeError unless a setting is a number or None."""
+    if value is not None and not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number or None, got {type(value).__name__}")
+
+
 def check_apart(targets: Any, model: nn.Module) -> None:
     """Raise ValueError where a teacher in the loop, which is frozen, is trained as well."""
+    if not isinstance(targets, TeacherModels):
+        return
     trained = {id(parameter) for parameter in model.parameters()}
-    pairs = zip(getattr(targets, "names", ()), getattr(targets, "models", ()), strict=False)
-    for name, teacher in pairs:
+    for name, teacher in zip(targets.names, targets.models, strict=True):
         if any(id(parameter) in trained for parameter in teacher.parameters()):
             raise ValueError(
                 f"targets: expected teachers apart from the student, got {name}, which shares"
@@ -21,13 +47,35 @@ def check_apart(targets: Any, model: nn.Module) -> None:
             )
 
 
+def check_smoothing(args: TrainingArguments | None) -> None:
+    """Raise ValueError where labels, which are not used, should be smoothed."""
+    if args is not None and args.label_smoothing_factor:
+        got = f"label_smoothing_factor={args.label_smoothing_factor}"
+        raise ValueError(f"args: expected no smoothing of labels, which are not used, got {got}")
+
+
+def check_arguments(args: TrainingArguments, accelerator: Any, model: nn.Module) -> None:
+    """Raise ValueError where a setting of the Trainer's has no meaning here, or would do harm."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"args: expected one process a GPU, got one for {args.n_gpu}; start it with torchrun,"
+            " or set CUDA_VISIBLE_DEVICES"
+        )
+    if args.save_strategy != "no":
+        check_savable(model)
+    check_fsdp(accelerator, model)
+
+
 def check_savable(model: nn.Module) -> None:
     """Raise ValueError where a checkpoint could not hold a module: it has more than tensors."""
     for name, module in model.named_modules():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
+        if type(module).get_extra_state is nn.Module.get_extra_state:
+            continue
+        state = module.get_extra_state()
+        if not isinstance(state, Tensor):
             raise ValueError(
                 f"student, objective: expected state dicts of tensors alone, got {name}"
-                f" ({type(module).__name__}), which has an extra state"
+                f" ({type(module).__name__}), whose extra state is {type(state).__name__}"
             )
 
 

@@ -44,6 +44,7 @@ def export_student(
     if not isinstance(student, nn.Module):
         raise TypeError(f"student: expected a torch.nn.Module, got {type(student).__name__}")
     model: Any = student.model if isinstance(student, Encoder) else student
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "save_pretrained"):

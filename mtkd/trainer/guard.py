@@ -24,12 +24,14 @@ class Guard:
             raise ValueError(f"max_skipped: expected an integer, 0 or more, got {most!r}")
         self.most, self.skipped = most, 0
         self._seen: list[tuple[Tensor | None, Tensor]] = []
+        self._losses: list[Tensor] = []
+        self.open = False  # whether a step has begun, and no one knows yet whether it is good
         self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
     @torch.no_grad()
     def begin(self, model: nn.Module) -> None:
         """Keep a step's statistics as they were before it."""
-        self._seen = []
+        self._seen, self._losses, self.open = [], [], True
         self._buffers = [
             (module, name, buffer, buffer.clone())
             for module in model.modules()
@@ -37,10 +39,13 @@ class Guard:
         ]
 
     @torch.no_grad()
-    def see(self, rows: Tensor | None, matrices: Mapping[str, Tensor], mask: Tensor) -> None:
-        """Remember which rows' losses are not finite; nothing waits for the device here."""
+    def see(
+        self, rows: Tensor | None, matrices: Mapping[str, Tensor], mask: Tensor, loss: Tensor
+    ) -> None:
+        """Remember a loss, and which rows of it are not finite; nothing waits for the device."""
         bad = torch.stack([(~m.isfinite() & mask).any(1) for m in matrices.values()]).any(0)
         self._seen.append((rows, bad))
+        self._losses.append(loss.detach())
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -49,8 +54,8 @@ class Guard:
             setattr(module, name, buffer.copy_(before))  # a module may have put another there
 
     def any_bad_loss(self) -> Tensor:
-        """Whether a loss of this process was not finite, 0-dim."""
-        return torch.cat([bad for _, bad in self._seen]).any()
+        """Whether a loss of this process was not finite, 0-dim: rows of weight 0 may be so."""
+        return ~torch.stack(self._losses).isfinite().all()
 
     def rows(self, loss_is_bad: bool) -> list[int]:
         """Return this process's rows whose losses are not finite, or all rows of the step.

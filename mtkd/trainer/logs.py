@@ -1,6 +1,7 @@
 """What a log says of each teacher."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from ..information import information_gain
 from ..nn import TeacherNorm
 from ..nn.teachers import Teachers
-from .objectives import Objective
+from .objectives import INFORMATION, Objective
 
 TOGETHER = "all"  # the column of a loss that takes all teachers together
 
@@ -30,24 +31,26 @@ def teacher_logs(
     logs: dict[str, float] = {}
     several = sum(each.heads is not None for each in objectives.values()) > 1
     for name, (sums, counts) in taken.items():
-        values = {name: sums / counts.clamp(min=1)}
-        gain = _information(objectives[name], values[name], teachers.dims, marginal)
-        if gain is not None:
-            values[f"{name}_information" if several else "information"] = gain
+        means = sums / counts.clamp(min=1)
         columns = teachers.names if len(sums) == len(teachers.names) else (TOGETHER,)
-        for label, row in values.items():
-            triples = zip(columns, row.tolist(), counts.tolist(), strict=True)
-            logs |= {f"{label}/{column}": value for column, value, count in triples if count}
+        logs |= _named(name, columns, means, counts)
+        if objectives[name].heads is not None and marginal is not None:
+            label = f"{name}_{INFORMATION}" if several else INFORMATION
+            known = counts * (marginal.count.cpu() > 0)
+            logs |= _named(label, columns, _information(objectives[name], means, marginal), known)
     return logs
 
 
-def _information(
-    objective: Objective, losses: Tensor, dims: tuple[int, ...], marginal: TeacherNorm | None
-) -> Tensor | None:
-    """Return what the student tells about each teacher, where the losses are likelihoods."""
-    heads = objective.heads
-    if heads is None or marginal is None or not bool(marginal.count.all()):
-        return None
+def _named(label: str, columns: Sequence[str], values: Tensor, counts: Tensor) -> dict[str, float]:
+    triples = zip(columns, values.tolist(), counts.tolist(), strict=True)
+    return {f"{label}/{column}": value for column, value, count in triples if count}
+
+
+def _information(objective: Objective, losses: Tensor, marginal: TeacherNorm) -> Tensor:
+    """Return what the student tells about each teacher; losses are those of likelihoods."""
+    heads: Any = objective.heads
+    dims = heads.teachers.dims
     nll = losses if heads.per_dim else losses / torch.tensor(dims)
     variance = marginal.scale.double().cpu() ** -2
-    return information_gain(nll, variance, dims, bound=heads.bound)
+    gain: Tensor = information_gain(nll, variance, dims, bound=heads.bound)
+    return gain

@@ -37,7 +37,24 @@ class Distillation(nn.Module):
         super().__init__()
         self.student, self.recompute = student, recompute
         self.objectives = nn.ModuleDict(objectives)
-        self.norm, self.marginal = norm, marginal
+        given = {"norm": norm, "marginal": marginal}
+        # not children of this module: accelerate takes what is called a norm for a layer of FSDP's
+        self.statistics = nn.ModuleDict({name: each for name, each in given.items() if each})
+
+    @property
+    def norm(self) -> Estimator | None:
+        """What standardises the targets, or None."""
+        norm: Estimator | None = self._statistics("norm")
+        return norm
+
+    @property
+    def marginal(self) -> TeacherNorm | None:
+        """Statistics of the targets as heads see them, or None."""
+        marginal: TeacherNorm | None = self._statistics("marginal")
+        return marginal
+
+    def _statistics(self, name: str) -> Any:
+        return dict(self.statistics.items()).get(name)
 
     def forward(
         self, batches: Sequence[Mapping[str, Any]], targets: Tensor, mask: Tensor
@@ -51,9 +68,10 @@ class Distillation(nn.Module):
             for batch in batches
         ]
         rows = sum(len(embedding) if embedding.dim() else 0 for embedding in embeddings)
-        if rows != len(mask) or embeddings[0].dim() < 2:
+        if rows != len(mask) or embeddings[0].dim() != 2:
             got = ", ".join(str(tuple(embedding.shape)) for embedding in embeddings)
-            raise ValueError(f"student: expected embeddings (N, H), N = {len(mask)}, got {got}")
+            expected = f"embeddings (N, H), N = {len(mask)} as the batch has rows of targets"
+            raise ValueError(f"student: expected {expected}, got {got}")
         embedding = embeddings[0] if len(embeddings) == 1 else torch.cat(embeddings)
         matrices = {
             name: objective(embedding, targets, mask) for name, objective in self.objectives.items()

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import TeacherParallel
 from ..nn import GaussianHeads
 from ..nn.teachers import Teachers
 from ..reduction import Weight, reduce_matrix
+
+INFORMATION = "information"  # what logs call the gain of likelihoods
 
 
 class Objective(nn.Module):
@@ -65,18 +68,27 @@ class Objective(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if not callable(loss):
-            raise TypeError(f"objective: expected a module or a callable, got {_kind(loss)}")
+        if not callable(loss) or isinstance(loss, type):
+            got = f"the class {loss.__name__}" if isinstance(loss, type) else _kind(loss)
+            raise TypeError(f"objective: expected a module or a callable, got {got}")
+        if isinstance(loss, TeacherParallel):
+            raise TypeError(
+                "objective: expected heads that every process has whole, got TeacherParallel, which"
+                " is for training loops of one's own"
+            )
+        if not isinstance(coefficient, (int, float)):
+            raise TypeError(f"coefficient: expected a number, got {_kind(coefficient)}")
         bound = loss.keywords if isinstance(loss, partial) else {}
         for name in ("mask", "reduction"):
             if name in options or name in bound:
-                got = options.get(name, bound.get(name))
-                raise ValueError(f"{name}: expected none, since the trainer gives it, got {got!r}")
+                given = options.get(name, bound.get(name))
+                expected = "none, since the trainer gives it"
+                raise ValueError(f"{name}: expected {expected}, got {given!r}")
         self.loss, self.coefficient, self.options = loss, coefficient, options
         if isinstance(weight, Tensor):
             if weight.dim() != 1:
-                got = tuple(weight.shape)
-                raise ValueError(f"weight: expected a tensor (T,) or a callable, got shape {got}")
+                shape = tuple(weight.shape)
+                raise ValueError(f"weight: expected a tensor (T,) or a callable, got shape {shape}")
             self.register_buffer("weight", weight, persistent=False)
         else:
             self.weight = weight
@@ -120,13 +132,14 @@ class Objective(nn.Module):
     def total(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Return the evaluation's loss of a sum of matrices' rows, a number a column."""
         weight = self.weight.to(sums) if isinstance(self.weight, Tensor) else torch.ones_like(sums)
-        whole = (counts * weight).sum()
-        return self.coefficient * torch.where(whole == 0, 0.0, (sums * weight).sum() / whole)
+        weighted = torch.where(weight == 0, 0.0, sums * weight)  # 0 times an infinite loss is 0
+        return self.coefficient * weighted.sum() / (counts * weight).sum()
 
     @property
     def heads(self) -> GaussianHeads | None:
         """The loss, where it is a likelihood in nats."""
-        return self.loss if isinstance(self.loss, GaussianHeads) else None
+        loss = getattr(self.loss, "_orig_mod", self.loss)  # what torch.compile wraps
+        return loss if isinstance(loss, GaussianHeads) else None
 
 
 def columns(mask: Tensor, matrix: Tensor) -> Tensor:
@@ -145,8 +158,9 @@ def as_objectives(objective: Any) -> dict[str, Objective]:
     if not several:
         raise ValueError("objective: expected at least one, got an empty mapping")
     for name in several:
-        if not isinstance(name, str) or not name or "." in name:
-            raise ValueError(f"objective: expected names without a dot, got {name!r}")
+        if not isinstance(name, str) or not name or "." in name or name == INFORMATION:
+            expected = f"names without a dot, other than {INFORMATION!r}"
+            raise ValueError(f"objective: expected {expected}, got {name!r}")
     return {
         name: loss if isinstance(loss, Objective) else Objective(loss)
         for name, loss in several.items()

@@ -150,7 +150,11 @@ def fetch(
     targets: Targets, batch: Mapping[str, Any], dims: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """Return a batch's targets and mask, checked."""
-    packed, mask = targets(batch)
+    given = targets(batch)
+    if not isinstance(given, tuple) or len(given) != 2:
+        kind = type(given).__name__
+        raise TypeError(f"targets: expected a pair (packed, mask or None), got {kind}")
+    packed, mask = given
     if not isinstance(packed, Tensor) or not packed.is_floating_point() or packed.dim() != 2:
         got = f"{packed.dtype} {tuple(packed.shape)}" if isinstance(packed, Tensor) else packed
         raise ValueError(f"targets: expected a floating-point tensor (N, D), got {got}")

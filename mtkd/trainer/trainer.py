@@ -13,7 +13,14 @@ from transformers.trainer_pt_utils import find_batch_size
 from ..nn import TeacherNorm
 from ..nn.moments import Estimator
 from .checkpoints import CheckpointTrainer
-from .checks import check_apart, check_fsdp, check_savable
+from .checks import (
+    check_apart,
+    check_arguments,
+    check_estimated,
+    check_norm,
+    check_number,
+    check_smoothing,
+)
 from .encoders import Encoder, as_encoder
 from .export import export_student
 from .guard import Guard
@@ -24,6 +31,7 @@ from .objectives import Objective, as_objectives, count_rows
 from .targets import ROW, Targets, as_targets, fetch
 from .teachers import agree
 
+LABELS = "labels"
 logger = logging.getLogger(__name__)
 
 
@@ -40,8 +48,8 @@ class DistillationTrainer(CheckpointTrainer):
             losses are added.
         targets: a teacher store, `TeacherModels`, or any callable of a batch; see `Targets`.
         args: transformers.TrainingArguments. `learning_rate` is the student's.
-        norm: standardises the targets: `mtkd.nn.TeacherNorm` or `PhiS`. It learns from a step's
-            targets as a whole, in training alone.
+        norm: standardises the targets: `mtkd.nn.TeacherNorm`, which learns from a step's targets as
+            a whole, in training alone; or `PhiS`, estimated beforehand.
         heads_learning_rate: the learning rate of the objectives' parameters; None: the student's.
         heads_once: whether heads run once a step, on the embeddings of all its micro-batches.
         recompute_student: whether backward makes the student's activations anew, a micro-batch at
@@ -97,6 +105,9 @@ class DistillationTrainer(CheckpointTrainer):
         dims: Mapping[str, int] | None = None,
         **options: Any,
     ) -> None:
+        check_norm(norm)
+        check_smoothing(args)
+        check_number("heads_learning_rate", heads_learning_rate)
         self.objectives = as_objectives(objective)
         encoder = as_encoder("student", student)
         self.targets = as_targets(targets)
@@ -111,20 +122,20 @@ class DistillationTrainer(CheckpointTrainer):
         self._micro: list[Any] = []  # a step's micro-batches, and once prepared their parts
         self._parts: list[dict[str, Any]] = []
         self._heads_rate: float | None = None
+        self._estimated = False
         check_apart(self.targets, self.distillation)
-        check_savable(self.distillation)
         if options.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: expected None, the loss is objective, got one")
         super().__init__(self.distillation, args, **options)
-        check_fsdp(self.accelerator, self.distillation)
+        check_arguments(self.args, self.accelerator, self.distillation)
         self.can_return_loss = True
-        if not hasattr(self.targets, "keys"):  # they may read any column
+        if not (self.student.keys and hasattr(self.targets, "keys")):  # they may read any column
             self.args.remove_unused_columns = False
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"args: expected one process a GPU, got one for {self.args.n_gpu}; start it with"
-                " torchrun, or set CUDA_VISIBLE_DEVICES"
-            )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does; a step that an error broke off before is forgotten."""
+        self.guard.open = False
+        return super().train(*args, **kwargs)
 
     # What a step needs, made once for all its micro-batches.
 
@@ -142,6 +153,7 @@ class DistillationTrainer(CheckpointTrainer):
     ) -> Tensor:
         """Do forward and backward of a micro-batch, or of a step's all at its last one."""
         if not self._parts:
+            self._drop_unfinished(model)
             model.train()
             self.guard.begin(self.distillation)
             batches, self._micro = self._step(inputs), []
@@ -154,6 +166,13 @@ class DistillationTrainer(CheckpointTrainer):
             return torch.zeros((), device=self.args.device)
         loss: Tensor = super().training_step(model, part, num_items_in_batch)
         return loss
+
+    def _drop_unfinished(self, model: nn.Module) -> None:
+        """Leave out a step that had no end: its data had, and their number was not known."""
+        if self.guard.open:
+            self._meter.drop()
+            self.guard.restore()
+            model.zero_grad(set_to_none=True)
 
     def _step(self, inputs: dict[str, Any]) -> list[Any]:
         if not self._micro and self.args.gradient_accumulation_steps > 1:
@@ -170,6 +189,9 @@ class DistillationTrainer(CheckpointTrainer):
         packed, mask = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
         model, sizes = self.distillation, [len(each) for each, _ in pairs]
         if model.norm is not None:
+            if not self._estimated:  # once, since the host waits for it
+                check_estimated(model.norm)
+                self._estimated = True
             packed = model.norm(packed, mask)
         if model.marginal is not None and model.training:
             model.marginal.update(packed, mask)
@@ -196,13 +218,15 @@ class DistillationTrainer(CheckpointTrainer):
         outputs = model(part["batches"], part["targets"], mask)
         matrices = outputs["matrices"]
         self._meter.add(matrices, mask if model.training else self._once(mask))
-        if model.training:
-            rows = [batch.get(ROW) for batch in part["batches"]]
-            named = all(isinstance(each, Tensor) for each in rows)
-            self.guard.see(torch.cat(rows) if named else None, matrices, mask)
         pairs = [(each, matrices[name]) for name, each in self.objectives.items()]
         losses = [each.reduce(matrix, mask, counts) for each, matrix in pairs]
         loss = torch.stack(losses).sum()
+        if model.training:
+            rows = [batch.get(ROW) for batch in part["batches"]]
+            named = all(isinstance(each, Tensor) for each in rows)
+            self.guard.see(torch.cat(rows) if named else None, matrices, mask, loss)
+            if not loss.requires_grad:
+                raise ValueError("objective: expected a loss of what is trained, got a constant")
         return (loss, {"embedding": outputs["embedding"]}) if return_outputs else loss
 
     def _once(self, mask: Tensor) -> Tensor:
@@ -239,6 +263,7 @@ class DistillationTrainer(CheckpointTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the gradient's norm; undo the step beforehand where it or a loss is not finite."""
         norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.open = False
         loss_is_bad = bool(self._sum(self.guard.any_bad_loss()))
         finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
         if finite and not loss_is_bad:
@@ -264,7 +289,7 @@ class DistillationTrainer(CheckpointTrainer):
         if "loss" in logs:
             taken = self._meter.take(self._sum)
             logs |= self._teacher_logs(taken)
-            if taken and not any(counts.any() for _, counts in taken.values()):
+            if taken and not _any_counted(taken):
                 logger.warning("no target of any teacher counted: is the store filled?")
             if self._heads_rate is not None:
                 logs["learning_rate_heads"] = self._heads_rate
@@ -282,6 +307,14 @@ class DistillationTrainer(CheckpointTrainer):
     def _teacher_logs(self, taken: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
         return teacher_logs(taken, self.teachers, self.objectives, self.distillation.marginal)
 
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Predict; a batch's labels go to `compute_metrics` beside the embeddings."""
+        if self.args.label_names is None:
+            self.label_names = [LABELS] if LABELS in inputs else []
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as the Trainer does; the loss is exact for any mask, and told by teacher."""
         training, self._meter = self._meter, Meter()
@@ -294,6 +327,8 @@ class DistillationTrainer(CheckpointTrainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         losses = [self.objectives[name].total(*both) for name, both in taken.items()]
         logs = {"loss": float(sum(losses)), **self._teacher_logs(taken)}
+        if not _any_counted(taken):
+            logger.warning("no target of any teacher counted in evaluation: its loss is NaN")
         output.metrics.update({f"{prefix}_{key}": value for key, value in logs.items()})
         return output
 
@@ -333,7 +368,11 @@ class DistillationTrainer(CheckpointTrainer):
         """Keep the columns of the data that student and targets read."""
         read = getattr(self.targets, "keys", ())
         keys = (*self.student.keys, ROW, *read, *self.label_names)
-        self._signature_columns = [*dict.fromkeys((*keys, "label", "label_ids"))]
+        self._signature_columns = [*dict.fromkeys((*keys, LABELS, "label", "label_ids"))]
+
+
+def _any_counted(taken: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
+    return any(bool(counts.any()) for _, counts in taken.values())
 
 
 def _join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -39,6 +39,11 @@ MIXTURE_CASES = (
     Case("mixture-kl-two-tiny", K, mixture, (4,), 5, {"teachers": 2, "sequence": True}),
     Case("mixture-kl-many", K, mixture, (17,), 33, {"teachers": 40, "masked": True}),
     Case("mixture-kl-wide", K, mixture, (1500,), 9, {"teachers": 7, "temperature": 2.5}),
+    Case("mixture-kl-one", K, mixture, (5000,), 1, {"teachers": 2}),
+    Case("mixture-kl-list", K, mixture, (1025,), 7, {"teachers": 5, "sequence": True}),
+    # softmaxes of a row that are more than the kernel keeps
+    Case("mixture-kl-far", K, mixture, (45000,), 2, {"teachers": 3, "temperature": 2.0}),
+    Case("mixture-kl-large", K, mixture, (1500,), 701, {"teachers": 2, "masked": True}, large=True),
     Case(
         "dirichlet-tiny",
         D,
