@@ -442,6 +442,8 @@ def test_labels_reach_compute_metrics(tmp_path):
     assert metrics["eval_sum"] == sum(row % 3 for row in range(20))
     trainer.compute_metrics = None
     assert metrics["eval_loss"] == trainer.evaluate(vectors(20))["eval_loss"]
+    trainer.args.label_names = ["labels"]  # named, but not there
+    assert metrics["eval_loss"] == trainer.evaluate(vectors(20))["eval_loss"]
 
 
 def test_information_is_told_of_each_teacher_that_was_seen(tmp_path):

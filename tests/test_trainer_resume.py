@@ -154,6 +154,25 @@ def test_a_step_broken_off_does_not_outlive_it(whole, tmp_path, monkeypatch):
     assert [name for name, tensor in whole.items() if not torch.equal(tensor, ended[name])] == []
 
 
+def test_a_step_broken_off_leaves_statistics_as_they_were(tmp_path, monkeypatch):
+    trainer = distilling.resumable(tmp_path)
+    before = trainer.distillation.statistics.state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.objectives["loss"], "reduce", stop)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert trainer.distillation.norm.count.any()
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    trainer.guard.restore()
+    torch.testing.assert_close(dict(trainer.distillation.statistics.state_dict()), before)
+
+
 def test_damaged_weights_are_named(tmp_path):
     trainer = distilling.resumable(tmp_path)
     trainer.save_model(str(tmp_path / "saved"))

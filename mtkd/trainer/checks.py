@@ -1,5 +1,6 @@
 """What cannot work together, told before the first step."""
 
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ def check_estimated(norm: Estimator) -> None:
 
 def check_number(name: str, value: Any) -> None:
     """Raise TypeError unless a setting is a number or None."""
-    if value is not None and not isinstance(value, (int, float)):
+    if value is not None and not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{name}: expected a number or None, got {type(value).__name__}")
 
 
@@ -54,13 +55,16 @@ def check_smoothing(args: TrainingArguments | None) -> None:
         raise ValueError(f"args: expected no smoothing of labels, which are not used, got {got}")
 
 
-def check_arguments(args: TrainingArguments, accelerator: Any, model: nn.Module) -> None:
+def check_arguments(args: TrainingArguments, accelerator: Any, model: Any) -> None:
     """Raise ValueError where a setting of the Trainer's has no meaning here, or would do harm."""
     if args.n_gpu > 1:
         raise ValueError(
             f"args: expected one process a GPU, got one for {args.n_gpu}; start it with torchrun,"
             " or set CUDA_VISIBLE_DEVICES"
         )
+    if args.neftune_noise_alpha is not None and model.get_input_embeddings() is None:
+        expected = "a student with embeddings of tokens for neftune_noise_alpha"
+        raise ValueError(f"args: expected {expected}, got one without")
     if args.save_strategy != "no":
         check_savable(model)
     check_fsdp(accelerator, model)

@@ -52,6 +52,7 @@ class Guard:
         """Put the statistics back."""
         for module, name, buffer, before in self._buffers:
             setattr(module, name, buffer.copy_(before))  # a module may have put another there
+        self.open = False
 
     def any_bad_loss(self) -> Tensor:
         """Whether a loss of this process was not finite, 0-dim: rows of weight 0 may be so."""

@@ -12,6 +12,7 @@ from ..distributed import TeacherParallel
 from ..nn import GaussianHeads
 from ..nn.teachers import Teachers
 from ..reduction import Weight, reduce_matrix
+from .checks import check_number
 
 INFORMATION = "information"  # what logs call the gain of likelihoods
 
@@ -76,8 +77,7 @@ class Objective(nn.Module):
                 "objective: expected heads that every process has whole, got TeacherParallel, which"
                 " is for training loops of one's own"
             )
-        if not isinstance(coefficient, (int, float)):
-            raise TypeError(f"coefficient: expected a number, got {_kind(coefficient)}")
+        check_number("coefficient", coefficient)
         bound = loss.keywords if isinstance(loss, partial) else {}
         for name in ("mask", "reduction"):
             if name in options or name in bound:

@@ -151,7 +151,7 @@ def fetch(
 ) -> tuple[Tensor, Tensor]:
     """Return a batch's targets and mask, checked."""
     given = targets(batch)
-    if not isinstance(given, tuple) or len(given) != 2:
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
         kind = type(given).__name__
         raise TypeError(f"targets: expected a pair (packed, mask or None), got {kind}")
     packed, mask = given

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import has_length
 
 from ..nn import TeacherNorm
 from ..nn.moments import Estimator
@@ -134,7 +135,9 @@ class DistillationTrainer(CheckpointTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does; a step that an error broke off before is forgotten."""
-        self.guard.open = False
+        if self.guard.open:
+            self._meter.drop()
+            self.guard.restore()
         return super().train(*args, **kwargs)
 
     # What a step needs, made once for all its micro-batches.
@@ -145,6 +148,9 @@ class DistillationTrainer(CheckpointTrainer):
         """Collect the micro-batches of a step."""
         self._micro, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._parts = []
+        known = has_length(self.callback_handler.train_dataloader)
+        if len(self._micro) < num_batches and not known:  # the Trainer would make no step of it
+            self._micro = []
         # that there is a number tells the Trainer that the loss is divided already
         return self._micro, sum(find_batch_size(batch) or 0 for batch in self._micro)
 
@@ -153,7 +159,6 @@ class DistillationTrainer(CheckpointTrainer):
     ) -> Tensor:
         """Do forward and backward of a micro-batch, or of a step's all at its last one."""
         if not self._parts:
-            self._drop_unfinished(model)
             model.train()
             self.guard.begin(self.distillation)
             batches, self._micro = self._step(inputs), []
@@ -166,13 +171,6 @@ class DistillationTrainer(CheckpointTrainer):
             return torch.zeros((), device=self.args.device)
         loss: Tensor = super().training_step(model, part, num_items_in_batch)
         return loss
-
-    def _drop_unfinished(self, model: nn.Module) -> None:
-        """Leave out a step that had no end: its data had, and their number was not known."""
-        if self.guard.open:
-            self._meter.drop()
-            self.guard.restore()
-            model.zero_grad(set_to_none=True)
 
     def _step(self, inputs: dict[str, Any]) -> list[Any]:
         if not self._micro and self.args.gradient_accumulation_steps > 1:
@@ -311,8 +309,8 @@ class DistillationTrainer(CheckpointTrainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Predict; a batch's labels go to `compute_metrics` beside the embeddings."""
-        if self.args.label_names is None:
-            self.label_names = [LABELS] if LABELS in inputs else []
+        names = self.args.label_names or [LABELS]
+        self.label_names = names if all(name in inputs for name in names) else []
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
