@@ -37,7 +37,7 @@ class Settings:
     seeds: int = 1
     epochs: int = 10
     batch: int = 64
-    rate: float = 2e-3
+    rate: float = 1e-3
     width: int = 128
     hidden: int = 256
 
