@@ -125,7 +125,7 @@ def _sections(files: Results) -> Iterator[str]:
 def _regime(regime: str, kind: str, data: dict[str, Any]) -> Iterator[str]:
     found = [f"{k} {v:.0f}" for k, v in data["ceilings"][regime].items() if k != "load"]
     yield f"### {regime}"
-    yield f"Ceilings of the run: {', '.join(found)}."
+    yield f"Ceilings of the newest run, where a share is of its own run's: {', '.join(found)}."
     order = {case.name: i for i, case in enumerate(CASES[kind])}
     pairs = sorted(data[regime].items(), key=lambda pair: order.get(pair[0], len(order)))
     done = [(name, result) for name, result in pairs if "failed" not in result]
