@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few repeats, small cases")
     parser.add_argument("--again", action="store_true", help="also what today's file has already")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--seed", type=int, help="default: another one each time, 0 in a dry run")
     parser.add_argument("--out", type=Path, help="folder of results or plots")
     parser.add_argument("--check", action="store_true", help="compare results only, small sizes")
     parser.add_argument("--dry-run", action="store_true", help="GPU cases on a CPU, tiny")
@@ -42,7 +42,10 @@ def arguments() -> argparse.Namespace:
     regimes = [regime for group in REGIMES.values() for regime in group]
     parser.add_argument("--regime", choices=regimes, help="default: all, in processes of their own")
     parser.add_argument("--untried", action="store_true", help="only what has no result at all")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.seed is None:
+        options.seed = 0 if options.dry_run else random.randrange(1 << 30)
+    return options
 
 
 def chosen(options: argparse.Namespace) -> list[Case]:
